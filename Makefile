@@ -116,7 +116,7 @@ accel: install
 # On the first GPU of this machine, with a build of torch for it: compute backends, the contract of devices and whole
 # deployments, by the tests that all of them have to pass.
 accel-test: install
-	$(BIN)/python -m pytest -p tests.hardware.plugin -n 4 -k 'not host' $(ARGS) tests/unit/test_devices_rules.py \
+	$(BIN)/python -m pytest -p tests.hardware.plugin -n 4 $(ARGS) tests/unit/test_devices_rules.py \
 	  tests/unit/test_backends.py tests/unit/test_backends_attention.py tests/unit/test_sampler.py \
 	  tests/unit/test_sampling_extremes.py tests/unit/test_model_parity.py tests/unit/test_oracle_model.py \
 	  tests/unit/test_tensor_parallel.py

@@ -265,7 +265,7 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
         Meta(ge=-1, le=_BYTES_MAX),
         _is(
             "Rate of experts that move between replicas that serve, all copies of one host together; 0: no limit; -1: "
-            "200 MiB/s between `host` devices, whose cores make the copies, none between accelerators",
+            "200 MiB/s between `host` devices, whose cores make the copies, and no limit between accelerators",
             "bytes/s",
         ),
     ] = -1

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.hardware.memory import used_bytes
 from tests.procs.deployment import HARDWARE, Deployment
 from tests.procs.waiting import wait_until
 from tests.shared_memory import shared_memory
@@ -29,6 +30,7 @@ ELSEWHERE = {
 }
 _LEFT_OUT = pytest.StashKey[Counter[str]]()
 _HAS_FAILED = pytest.StashKey[bool]()
+_USED_BYTES = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +42,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_LEFT_OUT] = Counter()
+    if config.getoption("--hardware") and config.getoption("--accelerator"):
+        raise pytest.UsageError("--hardware and --accelerator: deployments have a GPU or stand-ins for devices")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Of the process that the others belong to: what is used of the GPU before anybody has a part of it."""
+    if session.config.getoption("--hardware") and not hasattr(session.config, "workerinput"):
+        session.config.stash[_USED_BYTES] = used_bytes()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,19 +70,14 @@ def _accelerator(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _hardware(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Where the option asks for the GPU: it is there, and at the end as much of it is free as before."""
+    """Where the option asks for the GPU, deployments are there."""
     compute = request.config.getoption("--hardware")
     if compute is None:
         yield
         return
-    from tests.hardware.memory import used_bytes
-
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv(HARDWARE, compute)
-        before = used_bytes()
         yield
-        if "PYTEST_XDIST_WORKER" not in os.environ:  # others' deployments have memory, too
-            wait_until(lambda: used_bytes() <= before, "memory of the GPU is given back", 20.0)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -100,6 +105,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["left_out"] = dict(session.config.stash[_LEFT_OUT])
+    if (before := session.config.stash.get(_USED_BYTES, None)) is not None:
+        wait_until(lambda: used_bytes() <= before, "memory of the GPU is given back", 20.0)
 
 
 @pytest.hookimpl(optionalhook=True)

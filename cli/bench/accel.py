@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     devices = DeviceCount.parse(args.devices or found())
     if devices.backend not in _KINDS:
         raise ValueError(f"--devices {devices} are no accelerators: these are {' and '.join(_KINDS)}")
+    if args.compute and args.compute not in COMPUTES[devices.backend]:
+        raise ValueError(f"{args.compute} does not compute on {devices}: {' or '.join(COMPUTES[devices.backend])} do")
     accelerators = _Accelerators(args, devices)
     steps: dict[str, Step] = {
         "contract": accelerators.contract,

@@ -131,7 +131,10 @@ class _CudaDriver(Driver):
         self._contexts: dict[int, int] = {}  # of each device that is open
         self._streams: dict[int, int] = {}
         self._narrows = True  # until the driver says that it cannot
-        self.library.call("cuInit", 0)
+        if answer := self.library.ask("cuInit", 0):
+            if answer == _UNKNOWN:  # as where the kernel's module, or its node in a container, is missing
+                raise DeviceError(f"cuInit answers {answer}, {REFUSALS[answer].name}: {_HINT}", code="no_driver")
+            self.library.refuse("cuInit", answer)
 
     def _set(self, device: int) -> None:
         self.library.call("cuCtxSetCurrent", self._contexts[device])
@@ -215,7 +218,7 @@ class _CudaDriver(Driver):
         handle, call = c_ulonglong(), "cuMemImportFromShareableHandle"
         if answer := self.library.ask(call, byref(handle), c_void_p(fd), _DESCRIPTOR):
             if answer == _UNKNOWN:  # seen of all other descriptors: nothing is wrong with the device
-                text = f"the descriptor is of no memory: {call} answers {answer}, {REFUSALS[answer].name}"
+                text = f"the descriptor cannot be imported as memory: {call} answers {answer}, {REFUSALS[answer].name}"
                 raise DeviceError(text, code="driver_refused")
             self.library.refuse(call, answer)
         return handle.value

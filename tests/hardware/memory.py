@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 
+import pytest
+
 
 def used_bytes() -> int:
-    """Of the first GPU, by all processes."""
+    """Of the machine's first GPU, by all processes. Raises UsageError."""
     command = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) << 20
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) << 20
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise pytest.UsageError(f"nvidia-smi does not say how much of the GPU is used: {error}") from None

@@ -14,7 +14,7 @@ from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Ope
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
-_MADE = (
+MADE = (
     *("embed", "linear", "rms_norm", "final_norm", "rope_table", "store_kv", "attention", "store_latent"),
     *("latent_attention", "route", "experts", "feed_forward", "shared_experts", "whole_number_attention"),
     *("clear", "square", "scale_by_squares"),
@@ -66,7 +66,7 @@ class MirroredBackend(ComputeBackend):
 
     def __getattribute__(self, name: str) -> Any:
         """Operations with twins for their tensors."""
-        return self._operation(name) if name in _MADE else super().__getattribute__(name)
+        return self._operation(name) if name in MADE else super().__getattribute__(name)
 
     def _operation(self, name: str) -> Callable[..., Callable[..., None]]:
         make = getattr(self._inner, name)
@@ -112,6 +112,14 @@ class MirroredBackend(ComputeBackend):
         """See ComputeBackend."""
         return self._inner.judge(logits_NV.to(self._inner.device), tokens, num_top)
 
+    def weighted_sum(self, *given: Any, is_whole: bool) -> None:
+        """See ComputeBackend."""
+        twins = _Twins(self._inner.device)
+        passed = [_replaced(one, twins) for one in given]
+        twins.send()
+        self._inner.weighted_sum(*passed, is_whole=is_whole)
+        twins.fetch()
+
     def download(self, *mirrors: Mirror) -> Operation:
         """See ComputeBackend: all is there."""
         return _is_there
@@ -133,7 +141,7 @@ def _is_there(_: int) -> None:
     pass
 
 
-# What is not above comes from `inner`, by __getattribute__.
+# What is not above comes from `inner`, by __getattribute__: tests/unit/test_backends.py looks that nothing is left.
 MirroredBackend.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 

@@ -15,6 +15,18 @@ from tests.devices import backends
 from tests.hardware.mirrored import mirrored
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs on the host's kernels alone, as everywhere."""
+    on_host = [item for item in items if isinstance(item, pytest.Function) and _is_of_host(item)]
+    config.hook.pytest_deselected(items=on_host)
+    items[:] = [item for item in items if item not in on_host]
+
+
+def _is_of_host(item: pytest.Function) -> bool:
+    called = getattr(item, "callspec", None)
+    return called is not None and "host" in called.id.split("-")
+
+
 def pytest_configure() -> None:
     """Before any test module reads which backends there are."""
     if not torch.cuda.is_available():

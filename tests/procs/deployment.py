@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 
 from elasticmoe.common.config import environment_of
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.record import DeploymentRecord, read_record
 from tests.history import Report, check_history
 from tests.procs.waiting import processes_of, wait_until
@@ -222,7 +223,7 @@ class Deployment:
 
     def device(self, index: int) -> str:
         """The name of its device of that number."""
-        return f"{self.record.devices.partition(':')[0]}:{index}"
+        return DeviceCount.parse(self.record.devices).names()[index]
 
     @property
     def takes_over(self) -> bool:

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elasticmoe.services.worker.backends.accelerator.batch import SentFields
 from elasticmoe.services.worker.backends.accelerator.experts import ExpertRooms, Experts
 from elasticmoe.services.worker.backends.accelerator.kernels import Kernels, RowGroups
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
+from elasticmoe.services.worker.backends.sent_fields import SentFields
 
 COUNTS = st.lists(st.integers(0, 40), min_size=1, max_size=30)
 

@@ -16,7 +16,7 @@ from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
-from tests.hardware.mirrored import MirroredBackend
+from tests.hardware.mirrored import MADE, MirroredBackend
 from tests.unit.backends import ON_CPU, draw
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
@@ -156,9 +156,33 @@ def test_operations_nearly_agree(make: Callable[[torch.dtype], Compute], dtype: 
         assert float((first - other).abs().max()) < 1e-5 * float(first.abs().max())
 
 
+def test_answers_are_summed_with_the_same_bits(backend: ComputeBackend) -> None:
+    """Products are rounded, and added to 0 in the order of the choices; what nobody answered may be anything."""
+    top_k, width = 3, 1_100
+    answers_RH, weights_NK = random_of(9, width) * 1e3, random_of(4, top_k, seed=1)
+    at_P = torch.tensor([8, 0, 3, -1, 2, -1, -1, -1, -1, 5, 5, 1], dtype=torch.int32)
+    answers_RH[4] = float("nan")
+    out_NH = backend.empty(4, width).fill_(float("nan"))
+    backend.weighted_sum(answers_RH, at_P, weights_NK, out_NH, 4, is_whole=False)
+    want_NH = torch.zeros(4, width)
+    for row, places in enumerate(at_P.view(4, top_k).tolist()):
+        for k, place in enumerate(places):
+            if place >= 0:
+                product_H = answers_RH[place] * weights_NK[row, k]
+                want_NH[row] += product_H
+    assert torch.equal(out_NH, want_NH)
+    backend.weighted_sum(answers_RH, at_P[:3], weights_NK, out_NH.fill_(0.0), 1, is_whole=True)
+    assert torch.equal(out_NH[0], want_NH[0])
+    backend.weighted_sum(answers_RH, at_P, weights_NK, out_NH, 0, is_whole=True)
+    assert torch.equal(out_NH[0], want_NH[0])
+
+
 @pytest.mark.parametrize("make", [linear_with_bias, experts, rms_norm])
 def test_a_mirrored_backend_computes_what_its_own_does(make: Callable[[torch.dtype], Compute]) -> None:
-    """Which runs these tests on other devices (tests/hardware)."""
+    """Which runs these tests on other devices (tests/hardware): no operation is left to the host. Nor is anything
+    captured: that is seen in deployments."""
+    inner = {name for name in vars(ComputeBackend) if not name.startswith("_")}
+    assert inner - {*MADE, *vars(MirroredBackend)} == {"empty", "mirror", "fence", "section"}
     compute, x_NH = make(torch.bfloat16), random_of(3, HIDDEN)
     mirrored = MirroredBackend(open_backend("torch"))
     assert torch.equal(compute(mirrored, x_NH), compute(open_backend("torch"), x_NH))

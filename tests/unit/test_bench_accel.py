@@ -79,7 +79,11 @@ def test_a_machine_without_accelerators_is_one_line(
     told = "there is no accelerator: no library for npu:0; no library for cuda:0"
     assert (out, err) == ("", f"elasticmoe: nothing_measured: {told}\n")
     assert not (tmp_path / "out").exists()
-    for devices, setting in ((("cuda:0",), "cuda:0/2"), (("npu:0", "npu:1", "cuda:0"), "npu:0,npu:1")):
+    for devices, setting in (
+        (("cuda:0",), "cuda:0/2"),
+        (("npu:0",), "npu:0/2"),
+        (("npu:0", "npu:1", "cuda:0"), "npu:0,npu:1"),
+    ):
         monkeypatch.setattr(Missing, "devices", devices)
         assert accel.found() == setting
 

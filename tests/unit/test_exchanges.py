@@ -326,3 +326,14 @@ def test_mailboxes_are_all_that_rows_pass_through(host: Host) -> None:
     check(works, step(ranks, works))
     assert works[0].x[1].tobytes() not in host.bytes()
     assert torch.equal(host.mailboxes[0].x_NH[:5], torch.from_numpy(works[0].x))
+
+
+def test_a_rank_alone_waits_for_the_ids_and_uses_no_mailbox(host: Host) -> None:
+    rank, work = Rank(host, "mailbox", 1, QueuedBackend), Work(3, 5)
+    host.observer.set_membership(1, 0b10, True)
+    rank.route(1, [1])
+    check([work], [rank.run(work, work.n)])
+    assert host.mailboxes[1].x_NH.isnan().all()
+    assert host.mailboxes[1].returned_PH.isnan().all()
+    assert isinstance(rank.backend, QueuedBackend)
+    assert rank.backend.num_fences == 2 * sum(count > 0 for count in EXPERTS)  # and one for what the test looks at

@@ -34,10 +34,24 @@ from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set i
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of one block, CUDA C++ programming guide, compute capabilities
 POINTERS = dict.fromkeys(
-    ("x", "delta", "weight", "out", "bias", "row_gate", "q", "sums", "maxima", "totals", "table", "frequencies"),
+    (
+        "x",
+        "delta",
+        "weight",
+        "out",
+        "bias",
+        "row_gate",
+        "q",
+        "sums",
+        "maxima",
+        "totals",
+        "table",
+        "frequencies",
+        "answers",
+    ),
     "*fp32",
 )
-POINTERS |= dict.fromkeys(("from_rows", "tiles", "block_ids", "positions", "blocks", "places", "ids"), "*i32")
+POINTERS |= dict.fromkeys(("from_rows", "tiles", "block_ids", "positions", "blocks", "places", "ids", "at"), "*i32")
 POINTERS |= {"logits": "*fp32", "weights": "*fp32", "w": "*bf16", "cache": "*bf16"}
 NUMBERS = dict.fromkeys(("scale", "eps", "amplitude", "scaling"), "fp32")  # the others are whole
 
@@ -73,6 +87,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "norm": (rows.norm_kernel, {"BLOCK": 1024} | dict.fromkeys(("HAS_DELTA", "HAS_ROWS", "KEEPS_SUM"), True), 4),
     "rope table": (rows.rope_table_kernel, {"BLOCK": 64}, 4),
     "rotate": (rows.rotate_kernel, {"INTERLEAVED": True, "BLOCK_HEADS": HEADS, "BLOCK": 64}, 4),
+    "weighted sum": (rows.weighted_sum_kernel, {"TOP_K": 8, "BLOCK": 1024}, 4),
     "store": (rows.store_kernel, {"BLOCK_PLANES": 8, "BLOCK": 128}, 4),
 }
 
@@ -87,9 +102,12 @@ def test_a_kernel_is_compiled(name: str, capability: int, tmp_path: Path, monkey
     types = POINTERS | NUMBERS | ({"w": "i64"} if constants.get("GROUPED") else {})  # the address of slots
     signature = {each: "constexpr" if each in constants else types.get(each, "i32") for each in names}
     source = ASTSource(kernel, signature, {(names.index(each),): value for each, value in constants.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "enable_fp_fusion": name != "weighted sum"}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.metadata.shared <= SHARED_BYTES[capability]
     assert "cubin" in compiled.asm
+    if name == "weighted sum":
+        assert "fma" not in compiled.asm["ptx"], "a product that is not rounded before it is added"
 
 
 def test_a_launch_looks_up_no_memory_of_slots(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,3 +127,26 @@ def test_a_launch_looks_up_no_memory_of_slots(monkeypatch: pytest.MonkeyPatch) -
     kernels.expert_products(x_RH, w_EWH, out_RW, RowGroups(counts_E, sent), is_gated=False)
     assert w_EWH.data_ptr() in [one for one in given if isinstance(one, int)]
     assert all(one.data_ptr() != w_EWH.data_ptr() for one in given if isinstance(one, torch.Tensor))
+
+
+def test_weights_of_experts_are_read_in_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen bytes at once, as those of linears: the first slot's address is a number, not a tensor."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel, constants, warps = CASES["experts"]
+    names = [parameter.name for parameter in kernel.params]
+    constants = constants | {"w_depth": 1}  # as Triton takes a number that is 1
+    types = POINTERS | NUMBERS | {"w": "i64"}
+    signature = {each: "constexpr" if each in constants else types.get(each, "i32") for each in names}
+    in_sixteens = {(at,): [["tt.divisibility", 16]] for at, each in enumerate(names) if each not in constants}
+    given = {(names.index(each),): value for each, value in constants.items()}
+    source = ASTSource(kernel, signature, given, in_sixteens)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert "ld.global.b16" not in compiled.asm["ptx"]
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        TritonKernels(torch.device("cpu")).expert_products(
+            torch.zeros(4, 8),
+            torch.zeros(3 * 16 * 8 + 1, dtype=torch.bfloat16)[1:].view(3, 16, 8),
+            torch.zeros(4, 16),
+            RowGroups(np.array([0, 4, 0], dtype=np.int32), {}),
+            is_gated=False,
+        )

@@ -19,12 +19,12 @@ _COMPANY = "triton and company and bfloat16 and (linear or experts and not share
 _CHUNKS = "triton and (grouped-bfloat16 or odd-float32 or whole or checked)"
 FEW = {
     "kernels": ("tests/interpreter", "-m", "not slow"),
-    "operations": (OPERATIONS, "-k", f"agree and bfloat16 or {_COMPANY}"),
+    "operations": (OPERATIONS, "-k", f"agree and bfloat16 or summed or {_COMPANY}"),
     "attention": (ATTENTION, "-k", f"{_CHUNKS} or agree and float32 and (partial or interleaved or norms)"),
 }
 ALL = {
     "graphs": ("tests/interpreter/test_graphs.py", "-m", "slow"),
-    "operations": (OPERATIONS, "-k", "triton or agree or draws"),
+    "operations": (OPERATIONS, "-k", "triton or agree or draws or summed"),
     "attention": (ATTENTION, "-k", "triton or agree"),
     "models": (MODELS, "-m", "not slow", "-k", "triton or agree"),
     "replicas": (REPLICAS, "-k", "triton"),

@@ -303,6 +303,33 @@ class ComputeBackend(ABC):
         All values are whole numbers below the modulus in float32, the cache is float32 with one head.
         """
 
+    # ---- what experts have answered
+
+    def weighted_sum(
+        self,
+        answers_RH: torch.Tensor,
+        at_P: torch.Tensor,
+        weights_NK: torch.Tensor,
+        out_NH: torch.Tensor,
+        n: int,
+        *,
+        is_whole: bool,
+    ) -> None:
+        """Queue out[t] = sum over k of weights[t, k] * answers[at[t * K + k]], of the first n tokens; `at`, int32, is
+        below 0 where a token has no such choice, which none does where it `is_whole`. Each product is rounded, and they
+        are added to 0 in the order of k: by all backends alike, and as the bus does it."""
+        if not n:
+            return
+        top_k = weights_NK.shape[1]
+        at_P = at_P[: n * top_k]
+        rows_PH = answers_RH.index_select(0, at_P if is_whole else at_P.clamp(min=0))
+        products_NKH = rows_PH.view(n, top_k, -1).mul_(weights_NK[:n, :, None])
+        if not is_whole:  # what is there may be anything
+            products_NKH.masked_fill_((at_P < 0).view(n, top_k, 1), 0.0)
+        torch.add(products_NKH[:, 0], 0.0, out=out_NH[:n])
+        for k in range(1, top_k):
+            out_NH[:n].add_(products_NKH[:, k])
+
     # ---- the choice of tokens, from rows of float32 logits
 
     @abstractmethod

@@ -4,7 +4,8 @@ Each seat has a mailbox in its device's memory, which the HMM owns and every ran
 parts: the rank's own rows, which it writes and others fetch, and the rows that others return to it.
 
 There are two waits for the device in a layer and no more: before the own rows are announced, and before the answers
-are. What comes after a meeting is queued: it copies what others have finished, as they have said.
+are. What comes after a meeting is queued: it copies what others have finished, as they have said. A rank that is the
+only one waits once, for the ids, and uses no mailbox.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class MailboxExchange(PlannedExchange):
 
     def _announce(self, x_NH: Mirror, ids_NK: Mirror, n: int) -> None:
         """See PlannedExchange."""
+        if self._is_alone:
+            self._backend.download(ids_NK)(n)
+            return
         own_NH = self._mailboxes[self._bus.slot].x_NH
         self._backend.download(Mirror(x_NH.device, own_NH), ids_NK)(n)
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.native.bus import Bus
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
+from elasticmoe.services.worker.backends.sent_fields import SentFields
 from elasticmoe.services.worker.exchange.base import ExchangeTimes
 from elasticmoe.services.worker.exchange.bus import BusExchange, rows_from
 
@@ -38,11 +40,21 @@ class PlannedExchange(BusExchange):
     ) -> None:
         super().__init__(bus, num_experts, backend, backend.device, replica)
         self._moved_ns = 0
+        self._is_alone = False  # the only member in this step: nothing travels
+        self._is_whole = True  # each own token of the layer has all its choices
+        self._sent_fields = SentFields(backend.device)
+        self._sent: Mapping[str, torch.Tensor] = {}  # of the layer between dispatch and combine
         self._tokens_TH = self._answers_RH = self.rows_RH
         self._fetched_R = self._answered_R = torch.empty(0, dtype=torch.int64)
         self._returned_P = torch.empty(bus.max_tokens * bus.top_k, dtype=torch.int64)
         self._shares: list[Share] = []  # of the layer between dispatch and combine
         self._chosen: tuple[Mirror, Mirror] | None = None  # its ids and weights
+
+    def begin_step(self, total_tokens: int, deadline_ms: float) -> None:
+        """See Exchange. A generation that is over ends at the first meeting, whoever its members were."""
+        super().begin_step(total_tokens, deadline_ms)
+        generation, members, *_ = self._bus.membership()
+        self._is_alone = generation == self._generation and members == 1 << self._bus.slot
 
     def _make_room(self, num_tokens: int, num_rows: int) -> None:
         """See BusExchange."""
@@ -81,12 +93,32 @@ class PlannedExchange(BusExchange):
         total, room = sum(share.num_tokens for share in self._shares), self._tokens_TH.shape[0]
         if total > room:
             raise ValueError(f"the members have brought {total} tokens to a step of {room}")
-        self._fetch(layer, x_NH, n)
+        if not self._is_alone:
+            self._fetch(layer, x_NH, n)
         num_rows = self._num_rows
-        fetched_R = self._fetched_R[:num_rows].to(self._device)
-        torch.index_select(self._tokens_TH, 0, fetched_R, out=self.rows_RH[:num_rows])
+        self._sent = self._send_places(num_rows, n)
+        tokens_TH = x_NH.device if self._is_alone else self._tokens_TH
+        torch.index_select(tokens_TH, 0, self._sent["fetched"], out=self.rows_RH[:num_rows])
         self._moved_ns += time.perf_counter_ns() - started
         return num_rows
+
+    def _send_places(self, num_rows: int, n: int) -> dict[str, torch.Tensor]:
+        """Where each row comes from, where its answer stands among those that leave, and where the answers to the own
+        tokens will lie. What used those of the layer before is over: the ids have been waited for since."""
+        fetched, answered, returned = (
+            some[:count].numpy().astype(np.int32)
+            for some, count in (
+                (self._fetched_R, num_rows),
+                (self._answered_R, num_rows),
+                (self._returned_P, n * self._top_k),
+            )
+        )
+        self._is_whole = len(returned) == 0 or returned.min() >= 0
+        if self._is_alone:  # the answers are where they were computed
+            if num_rows:
+                returned = answered[returned] if self._is_whole else np.where(returned < 0, -1, answered[returned])
+            return self._sent_fields.send({"fetched": fetched, "returned": returned})
+        return self._sent_fields.send({"fetched": fetched, "answered": answered, "returned": returned})
 
     @property
     def _num_rows(self) -> int:
@@ -99,32 +131,25 @@ class PlannedExchange(BusExchange):
             raise ValueError("combine without a dispatch before it")
         failpoint("rank.combine")
         started = time.perf_counter_ns()
-        answers_RH = self._answers_RH[: self._num_rows]
-        torch.index_select(y_RH, 0, self._answered_R[: self._num_rows].to(self._device), out=answers_RH)
-        self._answer(answers_RH, n)
-        self._moved_ns += time.perf_counter_ns() - started
-        self._backend.fence()
+        if not self._is_alone:
+            answers_RH = self._answers_RH[: self._num_rows]
+            torch.index_select(y_RH, 0, self._sent["answered"], out=answers_RH)
+            self._answer(answers_RH, n)
+            self._moved_ns += time.perf_counter_ns() - started
+            self._backend.fence()
         self._patiently(lambda wait_ms: self._bus.meet_combined(routing, self._generation, n, wait_ms))
         started = time.perf_counter_ns()
         self._chosen = None
-        self._sum(*chosen, out_NH.device[first:], n)
+        self._backend.weighted_sum(
+            y_RH if self._is_alone else self._returned_PH,
+            self._sent["returned"],
+            chosen[1].device,
+            out_NH.device[first:],
+            n,
+            is_whole=self._is_whole,
+        )
         self._moved_ns += time.perf_counter_ns() - started
         self._num_left -= 1
-
-    def _sum(self, ids_NK: Mirror, weights_NK: Mirror, out_NH: torch.Tensor, n: int) -> None:
-        """Queue out[t] = sum over k of weight * answer. As the bus does it: products that are rounded, then added to 0
-        in the order of k."""
-        if not n:
-            return
-        at_P = self._returned_P[: n * self._top_k]
-        is_whole = bool((at_P >= 0).all())
-        rows_PH = self._returned_PH.index_select(0, at_P.clamp(min=0).to(self._device))
-        products_NKH = rows_PH.view(n, self._top_k, -1).mul_(weights_NK.device[:n, :, None])
-        if not is_whole:  # what an unused choice points at may be anything
-            products_NKH.masked_fill_((ids_NK.device[:n] < 0)[:, :, None], 0.0)
-        torch.add(products_NKH[:, 0], 0.0, out=out_NH[:n])
-        for k in range(1, self._top_k):
-            out_NH[:n].add_(products_NKH[:, k])
 
     def take_times(self) -> ExchangeTimes:
         """See Exchange. What is queued counts with the time that queueing takes."""
@@ -135,7 +160,7 @@ class PlannedExchange(BusExchange):
     @abstractmethod
     def _announce(self, x_NH: Mirror, ids_NK: Mirror, n: int) -> None:
         """Bring the ids to the host, and whatever others fetch without asking to where they do; blocks until it is
-        there."""
+        there. Who `is_alone` has nobody who fetches."""
 
     @abstractmethod
     def _fetch(self, layer: int, x_NH: Mirror, n: int) -> None:

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
-from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, SentFields
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
 from elasticmoe.services.worker.backends.accelerator.experts import ExpertRooms, Experts
 from elasticmoe.services.worker.backends.accelerator.graphs import Graphs, Recorder
 from elasticmoe.services.worker.backends.accelerator.kernels import (
@@ -26,9 +26,11 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
     RopeTable,
     Rotation,
     Route,
+    WeightedSum,
 )
 from elasticmoe.services.worker.backends.accelerator.whole_numbers import WholeNumbers
 from elasticmoe.services.worker.backends.base import BatchOperation, Mirror, Operation
+from elasticmoe.services.worker.backends.sent_fields import SentFields
 from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend, looked_up
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
@@ -309,6 +311,20 @@ class AcceleratorBackend(TensorBackend):
             self._product(x_NH, w13, middle_NI, is_gated=True),
             self._product(middle_NI, w2, out_NH, row_gate=gate_N1, accumulate=True),
         )
+
+    def weighted_sum(
+        self,
+        answers_RH: torch.Tensor,
+        at_P: torch.Tensor,
+        weights_NK: torch.Tensor,
+        out_NH: torch.Tensor,
+        n: int,
+        *,
+        is_whole: bool,
+    ) -> None:
+        """See ComputeBackend."""
+        if n and not self._kernels.weighted_sum(WeightedSum(answers_RH, at_P, weights_NK, out_NH), n):
+            super().weighted_sum(answers_RH, at_P, weights_NK, out_NH, n, is_whole=is_whole)
 
     # ---- other models'
 

@@ -6,18 +6,15 @@ Shape suffixes: N rows, S parts, M rows whose logits are wanted.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-import torch
 
+from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
-Ints = npt.NDArray[np.int32]
 T = TypeVar("T")
-_SMALLEST: Final = 16  # entries of a field: kernels may count on addresses that are multiples of 16 bytes
 
 
 class Form(NamedTuple):
@@ -25,39 +22,6 @@ class Form(NamedTuple):
 
     rows: int
     positions: int
-
-
-class SentFields:
-    """Fields of whole numbers on the host, and their copy on the device, in one buffer each. Each field keeps its
-    address until one has outgrown its place. `num_moves`: how often that was so."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.num_moves = 0
-        self._room: dict[str, int] = {}
-        self._host = torch.empty(0, dtype=torch.int32)
-        self._there = torch.empty(0, dtype=torch.int32, device=device)
-
-    def send(self, fields: Mapping[str, Ints]) -> dict[str, torch.Tensor]:
-        """The fields on the device, once what is queued is done. Those of the send before it are overwritten: its step
-        must be over."""
-        if any(len(values) > self._room.get(name, -1) for name, values in fields.items()):
-            for name, values in fields.items():
-                self._room[name] = max(self._room.get(name, 0), _SMALLEST, 1 << max(0, len(values) - 1).bit_length())
-            self.num_moves += 1
-            size = sum(self._room.values())
-            self._host = torch.empty(size, dtype=torch.int32, pin_memory=self._device.type != "cpu")
-            self._there = torch.empty(size, dtype=torch.int32, device=self._device)
-        at, sent = 0, {}
-        host = self._host.numpy()
-        for name, room in self._room.items():
-            if name in fields:
-                count = len(fields[name])
-                host[at : at + count] = fields[name]
-                sent[name] = self._there[at : at + count]
-            at += room
-        self._there.copy_(self._host, non_blocking=True)
-        return sent
 
 
 class AcceleratorBatch:

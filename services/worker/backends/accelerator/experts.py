@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from elasticmoe.services.worker.backends.accelerator.batch import SentFields
 from elasticmoe.services.worker.backends.accelerator.kernels import Kernels, RowGroups
+from elasticmoe.services.worker.backends.sent_fields import SentFields
 
 
 class ExpertRooms:

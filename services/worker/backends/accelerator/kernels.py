@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 import torch
 
 from elasticmoe.common.model_spec import ModelSpec, MoeSpec
-from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Ints
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
+from elasticmoe.services.worker.backends.sent_fields import Ints
 
 
 class Product(NamedTuple):
@@ -82,6 +83,15 @@ class Route(NamedTuple):
     weights: torch.Tensor
 
 
+class WeightedSum(NamedTuple):
+    """See ComputeBackend.weighted_sum."""
+
+    answers: torch.Tensor
+    at: torch.Tensor
+    weights: torch.Tensor
+    out: torch.Tensor
+
+
 class RowGroups(NamedTuple):
     """Rows [R, H] sorted by expert: on the host how many each has, on the device what `group_fields` made of that."""
 
@@ -131,3 +141,6 @@ class Kernels(Protocol):
 
     def route(self, route: Route, n: int) -> None:
         """See Route."""
+
+    def weighted_sum(self, total: WeightedSum, n: int) -> bool:
+        """Queue the sum of n tokens; False: there is no kernel for it, and nothing was done."""

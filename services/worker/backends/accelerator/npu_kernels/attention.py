@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, SentFields
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
 from elasticmoe.services.worker.backends.accelerator.kernels import PagedAttention
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.cache import Read, read_layer
+from elasticmoe.services.worker.backends.sent_fields import SentFields
 
 LATENT_HEADS: Final = (32, 64, 128)
 LATENT_ROWS: Final = 16

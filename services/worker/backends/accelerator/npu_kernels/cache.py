@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Ints, SentFields
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
+from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
 
 
 class Pieces(NamedTuple):

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 
 from elasticmoe.common.model_spec import AttentionSpec, ModelSpec
 from elasticmoe.common.protocol.errors import ConfigError
-from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Ints
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
 from elasticmoe.services.worker.backends.accelerator.kernels import (
     Kernels,
     Norm,
@@ -31,10 +31,12 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
     Rotation,
     Route,
     RowGroups,
+    WeightedSum,
 )
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.attention import LATENT_HEADS, FusedAttention
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.cache import flat, stored_pieces
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.routing import route_rows
+from elasticmoe.services.worker.backends.sent_fields import Ints
 
 OPERATORS: Final = (
     "npu_fused_infer_attention_score",
@@ -77,6 +79,11 @@ class NpuKernels(Kernels):
             if is_wrong:
                 text = f"--compute torch_npu does not compute {what}: use --compute torch"
                 raise ConfigError(text, code="no_compute")
+
+    def weighted_sum(self, total: WeightedSum, n: int) -> bool:
+        """See Kernels. Torch's operations do it."""
+        del total, n
+        return False
 
     def prepare(self, step: AcceleratorBatch) -> None:
         """See Kernels. No step has a form: fused attention takes lengths from the host, which a graph would keep."""

@@ -14,7 +14,7 @@ import torch
 import triton.language as tl
 
 from elasticmoe.common.model_spec import ModelSpec
-from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Ints, SentFields
+from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
 from elasticmoe.services.worker.backends.accelerator.kernels import (
     Kernels,
     Norm,
@@ -24,17 +24,20 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
     Rotation,
     Route,
     RowGroups,
+    WeightedSum,
 )
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.attention import attention_kernel, join_kernel
-from elasticmoe.services.worker.backends.accelerator.triton_kernels.products import product_kernel
+from elasticmoe.services.worker.backends.accelerator.triton_kernels.products import ALIGNED_BYTES, product_kernel
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.routing import route_kernel
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.rows import (
     norm_kernel,
     rope_table_kernel,
     rotate_kernel,
     store_kernel,
+    weighted_sum_kernel,
 )
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
+from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
 
 ROWS: Final = 16
 WIDTH: Final = 64
@@ -96,6 +99,8 @@ class TritonKernels(Kernels):
         self, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor, groups: RowGroups, *, is_gated: bool
     ) -> None:
         """See Kernels."""
+        if w.data_ptr() % ALIGNED_BYTES.value:
+            raise ValueError(f"weights of experts at {w.data_ptr():#x}: they have to begin at multiples of 16 bytes")
         product = Product(x[:, None], w, out[:, None], is_gated=is_gated)
         _launch_product(product, len(x), groups.sent["tiles"].view(-1, 3))
 
@@ -250,6 +255,22 @@ class TritonKernels(Kernels):
                 BLOCK_SIZE=power_of_two(moe.num_experts // moe.num_groups),
                 BLOCK_K=power_of_two(moe.top_k),
             )
+
+    def weighted_sum(self, total: WeightedSum, n: int) -> bool:
+        """See Kernels. Without the fusion of products and sums, which would round once where the rule rounds twice."""
+        top_k, hidden = total.weights.shape[1], total.answers.shape[1]
+        block = min(power_of_two(hidden), BLOCK_MAX)
+        weighted_sum_kernel[(n, blocks_of(hidden, block))](
+            total.answers,
+            total.at,
+            total.weights,
+            total.out,
+            hidden,
+            TOP_K=top_k,
+            BLOCK=block,
+            enable_fp_fusion=False,
+        )
+        return True
 
     def _split_memory(self, rows: int, parts: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each row, head and split: what was taken, the greatest score and the weights' total."""

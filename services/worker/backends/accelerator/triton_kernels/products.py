@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+ALIGNED_BYTES: tl.constexpr = tl.constexpr(16)  # where the first slot's weights have to begin
+
 
 @triton.jit
 def sigmoid(x: tl.tensor) -> tl.tensor:
@@ -87,7 +89,8 @@ def product_kernel(
     if GROUPED:
         expert = tl.load(tiles + 3 * tile)
         first, end = tl.load(tiles + 3 * tile + 1), tl.load(tiles + 3 * tile + 2)
-        w = w.to(tl.pointer_type(STORED)) + expert.to(tl.int64) * w_expert
+        # The compiler forgets what it knows of the number when that becomes a pointer, and reads number by number then.
+        w = tl.multiple_of(w.to(tl.pointer_type(STORED)), ALIGNED_BYTES) + expert.to(tl.int64) * w_expert
     else:
         first, end = tile * BLOCK_ROWS, num_rows
     rows = first + tl.arange(0, BLOCK_ROWS)

@@ -132,3 +132,26 @@ def store_kernel(
         mask = (plane < num_planes) & (at < width)
         value = tl.load(x + at, mask=mask, other=0.0)
         tl.store(cache + at, value.to(cache.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weighted_sum_kernel(
+    answers: tl.tensor,
+    at: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """out [N, width] = of each row the sum over k, in its order and from 0 on, of weights [N, TOP_K] times the row of
+    `answers` that `at` [N, TOP_K] names; of none where it is below 0. Grid: rows, blocks of the width."""
+    row = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in range(TOP_K):
+        source = tl.load(at + row * TOP_K + k)
+        is_there = (columns < width) & (source >= 0)
+        answer = tl.load(answers + source.to(tl.int64) * width + columns, mask=is_there, other=0.0)
+        total += tl.where(source >= 0, answer * tl.load(weights + row * TOP_K + k), 0.0)
+    tl.store(out + row.to(tl.int64) * width + columns, total, mask=columns < width)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from elasticmoe.services.worker.backends.accelerator.batch import Ints
+from elasticmoe.services.worker.backends.sent_fields import Ints
 
 
 def query_tiles(row_starts_S1: Ints, firsts_S: Ints, block_starts_S1: Ints, each: int) -> Ints:
@@ -31,9 +31,16 @@ def query_tiles(row_starts_S1: Ints, firsts_S: Ints, block_starts_S1: Ints, each
 
 def expert_tiles(counts_E: Ints, each: int) -> Ints:
     """[T, 3] expert, first row and end of tiles of up to `each` rows of one expert; rows are sorted by expert."""
-    tiles_E = -(-counts_E // each)
-    ends_E = np.cumsum(counts_E)
-    expert_T = np.repeat(np.arange(len(counts_E)), tiles_E)
-    within_T = (np.arange(len(expert_T)) - np.repeat(np.cumsum(tiles_E) - tiles_E, tiles_E)) * each
-    first_T = (ends_E - counts_E)[expert_T] + within_T
-    return np.stack([expert_T, first_T, np.minimum(first_T + each, ends_E[expert_T])], 1).astype(np.int32)
+    (expert_T,) = counts_E.nonzero()
+    count_T = counts_E[expert_T]
+    end_T = count_T.cumsum()
+    first_T = end_T - count_T
+    if len(count_T) and count_T.max() > each:  # else each expert is one tile, as in most steps that only decode
+        tiles_T = -(-count_T // each)
+        within_T = np.arange(tiles_T.sum()) - (tiles_T.cumsum() - tiles_T).repeat(tiles_T)
+        expert_T, end_T = expert_T.repeat(tiles_T), end_T.repeat(tiles_T)
+        first_T = first_T.repeat(tiles_T) + within_T * each
+        end_T = np.minimum(first_T + each, end_T)
+    tiles_T3 = np.empty((len(expert_T), 3), dtype=np.int32)
+    tiles_T3[:, 0], tiles_T3[:, 1], tiles_T3[:, 2] = expert_T, first_T, end_T
+    return tiles_T3
