@@ -179,11 +179,12 @@ class Bus:
     def kv_blocks(self, slot: int) -> int:
         """What the rank of a slot has said last; 0 before it has said anything."""
 
-    def tell_shortage(self, generation: int) -> None:
-        """Say in the own slot that this rank ends a generation because it found no memory for a step: before it ends it."""
+    def tell_shortage(self, said: int) -> None:
+        """Say in the own slot that this rank ends a generation because it found no memory for a step, before it ends it: a
+        number that says which generation, and how large the step was (u64; services/worker/exchange/shm_barrier.py)."""
 
     def shortage(self, slot: int) -> int:
-        """The last generation of which the rank of a slot has said so; 0 before there is one."""
+        """What the rank of a slot has said so last; 0 before it has."""
 
     # Meeting. `deadline_ms` is from now, ≥ 0; the own slot must be joined and a member (ValueError).
     def barrier(self, generation: int, deadline_ms: float) -> None:

@@ -199,12 +199,12 @@ class SimBarrier(StepBarrier):
     def tell_waiting(self, is_waiting: bool) -> None:
         """See StepBarrier. Nothing is computed on a device."""
 
-    def tell_shortage(self, generation: int) -> None:
+    def tell_shortage(self, generation: int, total_tokens: int) -> None:
         """See StepBarrier. Memory is never short for a step."""
 
-    def had_shortage(self, slot: int, generation: int) -> bool:
+    def shortage(self, slot: int, generation: int) -> int:
         """See StepBarrier."""
-        return False
+        return 0
 
     def ring(self) -> None:
         """See StepBarrier."""

@@ -36,7 +36,7 @@ class PlayedLockstep:
         self.is_everybodys = True
         self.num_aborts = 0
         self.num_shortages = 0
-        self.short: set[int] = set()
+        self.short: dict[int, int] = {}  # tokens of the step, by slot
         self._num_clean = 0
 
     @property
@@ -56,7 +56,7 @@ class PlayedLockstep:
         """See Lockstep."""
         self.num_shortages += 1
 
-    def short_ranks(self) -> set[int]:
+    def shortages(self) -> dict[int, int]:
         """See Lockstep."""
         return self.short
 

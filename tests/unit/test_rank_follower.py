@@ -35,8 +35,10 @@ from elasticmoe.services.worker.exchange.base import StepAborted
 from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from elasticmoe.services.worker.rank.follower import FAILED_MAX, Follower
+from elasticmoe.services.worker.rank.rank import Rank
 from tests.oracle import next_tokens
 from tests.procs.greedy import OUTPUT_TOKENS, greedy
+from tests.procs.waiting import wait_until
 from tests.unit.exchanges import Host
 from tests.unit.ranks import NUM_BLOCKS
 from tests.unit.replicas import SECONDS_MAX, Replicas
@@ -97,8 +99,8 @@ def test_blocks_move_on_all_ranks_and_all_follow_the_one_that_has_least(director
 def test_sequences_are_moved_to_other_blocks_and_not_computed_again(directory: Path, tmp_path: Path) -> None:
     with Replicas(directory, tmp_path, 1) as replicas:
         prompts = {"goes": [1] * 33, "stays": [2] * 33}
-        for name, prompt in prompts.items():
-            replicas.submit(0, name, prompt, LONG)
+        for (name, prompt), count in zip(prompts.items(), (LONG - 30, LONG), strict=True):
+            replicas.submit(0, name, prompt, count)
         scheduler = replicas.engine(0).scheduler
         moved: list[int] = []
         relocated = scheduler.blocks.replace
@@ -108,19 +110,19 @@ def test_sequences_are_moved_to_other_blocks_and_not_computed_again(directory: P
             relocated(old, new)
 
         scheduler.blocks.replace = replace  # type: ignore[method-assign]
-        model, are_long, may_go_on = replicas.ranks.models[0], threading.Event(), threading.Event()
-        compute = model.forward
+        model, has_gone, may_go_on = replicas.ranks.models[0], threading.Event(), threading.Event()
+        compute, numbers = model.forward, [0]
 
         def forward(batch: Batch, exchange: Any) -> Any:
-            """The sequences are to be there still when there is less room for them."""
-            if scheduler.blocks.num_free < 16:
-                are_long.set()
+            """One is to be there still when there is less room for it."""
+            numbers.append(len(scheduler.sequences()))
+            if max(numbers) > numbers[-1]:
+                has_gone.set()
                 assert may_go_on.wait(SECONDS_MAX)
             return compute(batch, exchange)
 
         model.forward = forward  # type: ignore[method-assign]
-        assert are_long.wait(SECONDS_MAX)
-        replicas.cancel(0, "goes")
+        assert has_gone.wait(SECONDS_MAX)
         for memory in replicas.memories:
             memory.goal = 40
         may_go_on.set()
@@ -189,6 +191,41 @@ def test_a_step_too_large_for_a_rank_is_planned_without_what_is_largest(
         check_exact(replicas, directory, prompts, 24)
         assert struck == []
         assert 2 <= replicas.num_ended <= 12  # a few steps lie between; it is not tried again and again
+
+
+def test_a_rank_that_wakes_up_after_another_had_no_memory_leaves_out_what_is_largest(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has come to the step and sees that all have met only once the generation has ended. Otherwise the other one's
+    request would be ended for it, which is small."""
+    with Replicas(directory, tmp_path, 2) as replicas:
+        loop, failing, totals = replicas.loops[0], replicas.ranks.models[2], list[int]()
+        exchange = replicas.ranks.exchanges[2]
+        begin = exchange.begin_step
+        monkeypatch.setattr(exchange, "begin_step", lambda total, ms: (totals.append(total), begin(total, ms))[1])
+        assert isinstance(loop, Rank)
+        barrier: Any = loop._lockstep._barrier
+        arrive, compute = barrier.arrive, failing.forward
+
+        def arrive_late(generation: int, *given: Any) -> Any:
+            said = arrive(generation, *given)
+            if sum(tokens for _, tokens, _ in said) > 12:
+                wait_until(lambda: barrier.membership().generation != generation, "the generation has ended")
+                raise StepAborted(barrier.membership().generation)
+            return said
+
+        def forward(batch: Batch, exchange: Any) -> Any:
+            if totals[-1] > 12:
+                raise MemoryError
+            return compute(batch, exchange)
+
+        barrier.arrive, failing.forward = arrive_late, forward  # type: ignore[method-assign]
+        replicas.submit(1, "small", [1, 2, 3], 24)
+        replicas.submit(0, "large", [5] * 150, 4)
+        replicas.wait_finished()
+        assert list(replicas.failed) == ["large"]
+        assert replicas.failed["large"].code == "out_of_memory"
+        check_exact(replicas, directory, {"small": [1, 2, 3]}, 24)
 
 
 def test_a_follower_that_fails_again_and_again_ends(directory: Path, tmp_path: Path) -> None:
@@ -301,7 +338,9 @@ def test_no_place_is_kept_while_a_follower_may_be_in_a_step_that_was_given_up(di
     with Replicas(directory, tmp_path, 1) as replicas:
         replicas.submit(0, "first", [1, 2, 3], 4)
         replicas.wait_finished()
-        replicas.loops[0]._lockstep.is_settled = False  # as its `abort` leaves it
+        lockstep = replicas.loops[0]._lockstep
+        replicas.wait(lambda: not lockstep.is_awake, "nobody steps any more")
+        lockstep.is_settled = False  # as its `abort` leaves it
         with pytest.raises(ElasticMoEError, match="have not met since a step was given up"):
             replicas.ask(0, place)
         replicas.submit(0, "second", [1, 2, 3], 4)

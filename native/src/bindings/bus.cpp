@@ -92,11 +92,10 @@ void bind_bus(nb::module_& module) {
           [](PyBus& bus, int64_t slot) { return bus.slot(slot).kv_blocks.load(std::memory_order_seq_cst); }, "slot"_a)
       .def(
           "tell_shortage",
-          [](PyBus& bus, int64_t generation) {
-            bus.slot(bus.meeting().slot())
-                .shortage.store(natural<uint64_t>("generation", generation), std::memory_order_seq_cst);
+          [](PyBus& bus, int64_t said) {
+            bus.slot(bus.meeting().slot()).shortage.store(natural<uint64_t>("said", said), std::memory_order_seq_cst);
           },
-          "generation"_a)
+          "said"_a)
       .def(
           "shortage", [](PyBus& bus, int64_t slot) { return bus.slot(slot).shortage.load(std::memory_order_seq_cst); },
           "slot"_a)

@@ -95,7 +95,7 @@ struct Slot {
   std::atomic<uint64_t> num_steps;
   std::atomic<uint32_t> is_waiting_for_device;
   std::atomic<uint32_t> kv_blocks;  // see Bus.set_kv_blocks; outlives the incarnation, as KV does
-  std::atomic<uint64_t> shortage;   // the last generation that the rank ended for want of memory
+  std::atomic<uint64_t> shortage;   // of the last step that the rank ended a generation for, for want of memory
 
   Arrivals& lane(Lane which) { return lanes[static_cast<uint32_t>(which)]; }
 };

@@ -73,12 +73,13 @@ class StepBarrier(ABC):
         not."""
 
     @abstractmethod
-    def tell_shortage(self, generation: int) -> None:
-        """Let others see that this rank is about to end `generation` because it found no memory for a step."""
+    def tell_shortage(self, generation: int, total_tokens: int) -> None:
+        """Let others see that this rank is about to end `generation` because it found no memory for a step of so many
+        tokens, of all ranks together; at least 1."""
 
     @abstractmethod
-    def had_shortage(self, slot: int, generation: int) -> bool:
-        """Whether the rank in `slot` has said so. Never blocks."""
+    def shortage(self, slot: int, generation: int) -> int:
+        """How many tokens that step had, if the rank in `slot` has said so; else 0. Never blocks."""
 
     @abstractmethod
     def ring(self) -> None:

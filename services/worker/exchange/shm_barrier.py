@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Final
 
 from elasticmoe.native.bus import Bus, BusAborted, BusTimeout
 from elasticmoe.services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
+
+_TOKENS_BITS: Final = 32
+_TOKENS_MAX: Final = (1 << _TOKENS_BITS) - 1
 
 
 class ShmBarrier(StepBarrier):
@@ -63,13 +67,14 @@ class ShmBarrier(StepBarrier):
         """See StepBarrier."""
         self._bus.set_waiting_for_device(is_waiting)
 
-    def tell_shortage(self, generation: int) -> None:
-        """See StepBarrier."""
-        self._bus.tell_shortage(generation)
+    def tell_shortage(self, generation: int, total_tokens: int) -> None:
+        """See StepBarrier. Both are in one word of the bus."""
+        self._bus.tell_shortage(generation << _TOKENS_BITS | min(total_tokens, _TOKENS_MAX))
 
-    def had_shortage(self, slot: int, generation: int) -> bool:
+    def shortage(self, slot: int, generation: int) -> int:
         """See StepBarrier."""
-        return self._bus.shortage(slot) == generation
+        said = self._bus.shortage(slot)
+        return said & _TOKENS_MAX if said >> _TOKENS_BITS == generation else 0
 
     def ring(self) -> None:
         """See StepBarrier."""

@@ -68,6 +68,7 @@ class Lockstep:
         self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
         self._is_everybodys = True  # the last step
+        self._total = 0  # its tokens
         self._num_clean = 0  # that were, and were completed, since the last one that failed
         self._flags: int | None = None  # with which it has arrived where not all are yet
         self._deadline = 0.0  # of that meeting
@@ -169,7 +170,7 @@ class Lockstep:
         alone = next(((slot, tokens ^ ALONE) for slot, tokens, _ in said if tokens & ALONE), None)
         self._is_everybodys, self.has_turn = alone is None, alone is None or alone[0] == self._leader
         total = sum(tokens for _, tokens, _ in said) if alone is None else alone[1]
-        self.is_awake = total > 0
+        self.is_awake, self._total = total > 0, total
         if not total:
             self._num_urgent = 0
         return total
@@ -196,13 +197,13 @@ class Lockstep:
         self._num_clean = 0
 
     def tell_shortage(self) -> None:
-        """This rank is about to end the generation because it found no memory for a step."""
-        self._barrier.tell_shortage(self.generation)
+        """This rank is about to end the generation because it found no memory for the step that was met for last."""
+        self._barrier.tell_shortage(self.generation, self._total)
 
-    def short_ranks(self) -> set[int]:
-        """Slots of the members that ended the present generation so."""
+    def shortages(self) -> dict[int, int]:
+        """Slots of the members that ended the present generation so, and how many tokens the step had."""
         slots = (slot for slot in range(self.members.bit_length()) if self.members >> slot & 1)
-        return {slot for slot in slots if self._barrier.had_shortage(slot, self.generation)}
+        return {slot: total for slot in slots if (total := self._barrier.shortage(slot, self.generation))}
 
     def abort(self) -> None:
         """The generation is over: wait for the next."""

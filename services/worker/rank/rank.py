@@ -164,8 +164,8 @@ class Rank(SeatLoop):
         total: int | None = 0
         try:
             total = self._lockstep.meet(plan.num_said, is_alone=plan.is_alone)
-        except StepAborted:  # before anything was computed
-            self._lockstep.abort()
+        except StepAborted:  # before anything was computed here
+            self._steps.end_unmet(plan)
         if total is None:
             self._plan = plan
             return

@@ -14,7 +14,7 @@ introduces itself again (hmm/link.py), as after the HMM's own restart. The other
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from elasticmoe.common.protocol.errors import Unavailable
@@ -94,7 +94,7 @@ class Steps:
         except StepAborted as aborted:
             log.info("step discarded", generation=aborted.generation)
             self.num_discarded += plan.num_tokens
-            if short := self._lockstep.short_ranks():
+            if short := self._lockstep.shortages():
                 self._discard(plan, total_tokens, short)
             else:
                 self._fail(plan, is_aborted=True)
@@ -109,6 +109,14 @@ class Steps:
         self._tell(self._engine.commit(plan, choices))
         self._engine.trials.end(plan)
         self._lockstep.note_done()
+
+    def end_unmet(self, plan: StepPlan) -> None:
+        """The generation has ended before this rank saw that all had come to the step. Another one may have seen it,
+        begun the step and found no memory for it, all before this one woke up: then that counts as in the step."""
+        if short := self._lockstep.shortages():
+            self._discard(plan, max(short.values()), short)
+        else:
+            self._lockstep.abort()
 
     def _live_on(self, plan: StepPlan, total_tokens: int, error: Exception, *, is_awaited: bool) -> None:
         """A step raised an error. Raises it again where this process must end of it."""
@@ -155,7 +163,7 @@ class Steps:
             self._hmm.close()
         self._withdraw(plan, self._num_given_up > _patience(plan, total_tokens))
 
-    def _discard(self, plan: StepPlan, total_tokens: int, short: set[int]) -> None:
+    def _discard(self, plan: StepPlan, total_tokens: int, short: Collection[int]) -> None:
         """Other ranks found no memory for the step."""
         log.warning("other ranks found no memory for a step", slots=sorted(short), tokens=plan.num_tokens)
         self._lockstep.abort()
