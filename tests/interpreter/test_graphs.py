@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.services.worker.backends.accelerator import graphs
-from elasticmoe.services.worker.backends.accelerator.backend import AcceleratorBackend
+from elasticmoe.services.worker.backends.accelerator.backend import BLOCK_IDS, AcceleratorBackend
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import TritonKernels
 from elasticmoe.services.worker.model.batch import BatchPart
+from elasticmoe.services.worker.rank.warm_up import warm_up
 from tests.interpreter.recorder import CallRecorder, install
 from tests.unit.ranks import Ranks, Stream
 from tests.unit.test_model_parity import CONFIGS
@@ -99,6 +101,31 @@ def test_what_was_recorded_computes_other_steps(name: str, tmp_path: Path) -> No
     assert (recorder.num_records, recorder.num_replays) == (sections, 3 * sections)
 
 
+def test_a_rank_that_has_warmed_up_captures_nothing_while_streams_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it was given before, in the steps that a rank may capture little in; and the cache is as it was."""
+    recorder = CallRecorder()
+    pair = Pair(checkpoint(tmp_path, "mixtral"), recorder, max_tokens=4)
+    monkeypatch.setattr(graphs, "CAPTURES_PER_STEP", 0)
+    model, weights = pair.captured.models[0], pair.captured.weights[0]
+    memory: Any = SimpleNamespace(
+        kv=weights.kv,
+        spec=weights.spec,
+        weights=weights,
+        held=[list(range(count)) for count in weights.spec.num_experts_by_layer],
+        ledger=SimpleNamespace(rows=list),
+    )
+    warm_up(model, memory, CPU, 4)
+    captured = recorder.num_records
+    assert captured == 3 * len((4, 2, 1))
+    a, b, c = (pair.stream(length) for length in (4, 1, 1))
+    pair.step(a)
+    for streams in ((a, b, c), (a, b), (c,)):
+        pair.step(*streams)
+    assert (recorder.num_records, recorder.num_replays) == (captured, captured + 9)
+
+
 @pytest.mark.slow
 def test_short_and_long_sequences_have_one_form(tmp_path: Path) -> None:
     """The numbers of splits differ by step: what was captured of a short sequence computes a long one."""
@@ -128,7 +155,7 @@ def test_memory_that_moves_is_captured_again(tmp_path: Path) -> None:
     assert sections == recorder.num_replays > 0
     backend: Any = pair.captured.models[0].backend
     fields = backend._transfers["batch"]
-    fields.send({"block_ids": torch.zeros(1_000, dtype=torch.int32).numpy()})  # as a step with many blocks does
+    fields.send({"block_ids": torch.zeros(2 * BLOCK_IDS, dtype=torch.int32).numpy()})  # as a step with many blocks does
     pair.step(a)  # seen anew
     assert recorder.num_replays == sections
     pair.step(a)

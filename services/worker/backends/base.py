@@ -18,7 +18,8 @@ width, R rows for the own experts, V vocabulary, M rows whose logits are wanted,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -126,6 +127,12 @@ class ComputeBackend(ABC):
     def check_batch(self, batch: Batch, cache: KvCache) -> StepBatch:
         """The batch over the blocks that are mapped now, for the operations of this step; cache and mapping stay as
         they are meanwhile. Raises ValueError for a block beyond the mapped ones."""
+
+    @contextmanager
+    def warming_up(self, rows_max: int) -> Iterator[tuple[int, ...]]:  # noqa: ARG002 - most keep nothing
+        """Before a rank serves: the numbers of rows, at most `rows_max`, the largest first, of which steps that only
+        decode are to be computed twice, for what is compiled, allocated and kept then."""
+        yield ()
 
     def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:  # noqa: ARG002 - most keep nothing
         """What `run` does of a step, of at most `rows_max` rows: it calls this backend's operations alone and looks at

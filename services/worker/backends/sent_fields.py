@@ -16,11 +16,13 @@ _SMALLEST: Final = 16  # entries of a field: kernels may count on addresses that
 
 class SentFields:
     """Fields of whole numbers on the host, and their copy on the device, in one buffer each. Each field keeps its
-    address until one has outgrown its place. `num_moves`: how often that was so."""
+    address until one has outgrown its place. `num_moves`: how often that was so. `room`: entries that a field has room
+    for from the beginning."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, room: Mapping[str, int] | None = None) -> None:
         self._device = device
         self.num_moves = 0
+        self._least = dict(room or {})
         self._room: dict[str, int] = {}
         self._host = torch.empty(0, dtype=torch.int32)
         self._there = torch.empty(0, dtype=torch.int32, device=device)
@@ -30,7 +32,8 @@ class SentFields:
         must be over."""
         if any(len(values) > self._room.get(name, -1) for name, values in fields.items()):
             for name, values in fields.items():
-                self._room[name] = max(self._room.get(name, 0), _SMALLEST, 1 << max(0, len(values) - 1).bit_length())
+                least = self._room.get(name, self._least.get(name, _SMALLEST))
+                self._room[name] = max(least, 1 << max(0, len(values) - 1).bit_length())
             self.num_moves += 1
             size = sum(self._room.values())
             self._host = torch.empty(size, dtype=torch.int32, pin_memory=self._device.type != "cpu")

@@ -9,7 +9,8 @@ Shape suffixes: as in base.py; X heads, Y elements of a head, U elements of a la
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import torch
@@ -36,6 +37,8 @@ from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
 
+BLOCK_IDS: Final = 8_192  # of a step's sequences that there is room for at once: what has to move, is captured anew
+
 
 class AcceleratorBackend(TensorBackend):
     """See ComputeBackend. `kernels`: of the device's vendor. `recorder`: of what they queue, for kernels that can be
@@ -52,7 +55,8 @@ class AcceleratorBackend(TensorBackend):
         self.name = kernels.name
         self._kernels: Final = kernels
         self._rooms: Final = ExpertRooms(device)
-        self._transfers: Final = {name: SentFields(device) for name in ("batch", "attention", "stored", "read")}
+        self._transfers: Final = {name: SentFields(device) for name in ("attention", "stored", "read")}
+        self._transfers["batch"] = SentFields(device, {"block_ids": BLOCK_IDS})
         self.graphs: Final = Graphs(recorder, self._count_moves)
 
     def _count_moves(self) -> int:
@@ -73,6 +77,12 @@ class AcceleratorBackend(TensorBackend):
         if step.form:
             self._kernels.prepare(step)
         return step
+
+    @contextmanager
+    def warming_up(self, rows_max: int) -> Iterator[tuple[int, ...]]:
+        """See ComputeBackend."""
+        with self.graphs.warming_up(rows_max) as rows:
+            yield rows
 
     def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:
         """See ComputeBackend."""

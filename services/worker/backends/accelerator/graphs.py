@@ -10,7 +10,8 @@ Experts are not captured: how many rows each has is known in mid-step only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Protocol
 
 import torch
@@ -66,6 +67,7 @@ class Graphs:
         self._recorder, self._count_moves = recorder, count_moves
         self._rows_max = 0  # what all sections have room for
         self._num_left = 0  # captures that this step may make
+        self._is_warming_up = False
         self.num_captured = 0
 
     def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:
@@ -75,9 +77,20 @@ class Graphs:
         self._rows_max = min(rows_max, self._rows_max or ROWS_MAX, ROWS_MAX)
         return _Section(self, run)
 
+    @contextmanager
+    def warming_up(self, rows_max: int) -> Iterator[tuple[int, ...]]:
+        """See ComputeBackend: of all forms with few positions. A step captures all that it can: nobody waits."""
+        rows_max = min(rows_max, self._rows_max)
+        rows = {min(1 << bits, rows_max) for bits in range(rows_max.bit_length() + 1)} if rows_max else set()
+        self._is_warming_up = True
+        try:
+            yield tuple(sorted(rows, reverse=True)) if self._recorder is not None else ()
+        finally:
+            self._is_warming_up = False
+
     def form_of(self, batch: Batch) -> Form | None:
         """The form of a step that only decodes; None for others, which are computed as they are. A step begins."""
-        self._num_left = CAPTURES_PER_STEP
+        self._num_left = 1 << 30 if self._is_warming_up else CAPTURES_PER_STEP
         n = batch.num_rows
         if self._recorder is None or not 0 < n <= self._rows_max or not n == batch.num_parts == batch.num_logits:
             return None

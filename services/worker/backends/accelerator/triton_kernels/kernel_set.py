@@ -276,7 +276,9 @@ class TritonKernels(Kernels):
         """Of each row, head and split: what was taken, the greatest score and the weights' total."""
         count = rows * parts
         if len(self._sums) < count * (width + 2):
-            self._sums = torch.empty(count * (width + 2), dtype=torch.float32, device=self._sums.device)
+            # All that a launch may need, so that it moves once: what was captured is captured anew then.
+            room = max(count, SUMS_MAX // width) * (width + 2)
+            self._sums = torch.empty(room, dtype=torch.float32, device=self._sums.device)
             self.num_moves += 1
         sums, maxima, totals, _ = self._sums.split_with_sizes(
             [count * width, count, count, len(self._sums) - count * (width + 2)]
