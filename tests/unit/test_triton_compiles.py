@@ -51,6 +51,7 @@ POINTERS = dict.fromkeys(
     ),
     "*fp32",
 )
+POINTERS["parts"] = "*fp32"
 POINTERS |= dict.fromkeys(("from_rows", "tiles", "block_ids", "positions", "blocks", "places", "ids", "at"), "*i32")
 POINTERS |= {"logits": "*fp32", "weights": "*fp32", "w": "*bf16", "cache": "*bf16"}
 NUMBERS = dict.fromkeys(("scale", "eps", "amplitude", "scaling"), "fp32")  # the others are whole
@@ -87,6 +88,11 @@ CASES: dict[str, tuple[Any, dict[str, Any], int]] = {
     "norm": (rows.norm_kernel, {"BLOCK": 1024} | dict.fromkeys(("HAS_DELTA", "HAS_ROWS", "KEEPS_SUM"), True), 4),
     "rope table": (rows.rope_table_kernel, {"BLOCK": 64}, 4),
     "rotate": (rows.rotate_kernel, {"INTERLEAVED": True, "BLOCK_HEADS": HEADS, "BLOCK": 64}, 4),
+    "parts": (
+        products.join_parts_kernel,
+        {"NUM_PARTS": 8, "BLOCK": 1024} | dict.fromkeys(("ACCUMULATE", "HAS_BIAS", "HAS_ROW_GATE"), True),
+        4,
+    ),
     "weighted sum": (rows.weighted_sum_kernel, {"TOP_K": 8, "BLOCK": 1024}, 4),
     "store": (rows.store_kernel, {"BLOCK_PLANES": 8, "BLOCK": 128}, 4),
 }

@@ -27,7 +27,11 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
     WeightedSum,
 )
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.attention import attention_kernel, join_kernel
-from elasticmoe.services.worker.backends.accelerator.triton_kernels.products import ALIGNED_BYTES, product_kernel
+from elasticmoe.services.worker.backends.accelerator.triton_kernels.products import (
+    ALIGNED_BYTES,
+    join_parts_kernel,
+    product_kernel,
+)
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.routing import route_kernel
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.rows import (
     norm_kernel,
@@ -39,6 +43,8 @@ from elasticmoe.services.worker.backends.accelerator.triton_kernels.rows import 
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
 from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
 
+PROGRAMS: Final = 256  # of one tile of rows that a product should have: an H200 has 132 multiprocessors
+PART_DEPTH: Final = 256  # at the least
 ROWS: Final = 16
 WIDTH: Final = 64
 DEPTH: Final = 64
@@ -71,13 +77,21 @@ def blocks_of(total: int, block: int) -> int:
     return -(-total // block)
 
 
+def parts_of(width: int, depth: int) -> int:
+    """Into how many parts the depth of a product is cut, so that there are programs for all of a device: by the shape
+    alone, and all parts are equal and whole steps of DEPTH. 1: it is not cut."""
+    wanted = min(depth // PART_DEPTH, blocks_of(PROGRAMS, blocks_of(width, WIDTH)))
+    return next((parts for parts in range(wanted, 1, -1) if depth % (parts * DEPTH) == 0), 1)
+
+
 class TritonKernels(Kernels):
-    """See Kernels. Owns the memory that attention keeps its splits in."""
+    """See Kernels. Owns the memory that attention keeps its splits in, and products the parts of theirs."""
 
     name = "triton"
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.empty(0, dtype=torch.float32, device=device)
+        self._parts = torch.empty(0, dtype=torch.float32, device=device)
         self.num_moves = 0
 
     def check_model(self, spec: ModelSpec, block_size: int) -> None:
@@ -89,7 +103,38 @@ class TritonKernels(Kernels):
 
     def product(self, product: Product, n: int) -> None:
         """See Kernels."""
-        _launch_product(product, n)
+        num_parts = 1 if product.is_gated or product.out.shape[1] > 1 else parts_of(*product.w.shape[1:])
+        if num_parts == 1:
+            _launch_product(product, n)
+        elif n:
+            self._product_in_parts(product, n, num_parts)
+
+    def _product_in_parts(self, product: Product, n: int, num_parts: int) -> None:
+        """Parts of the depth are computed as heads are, into memory of these kernels."""
+        x, w, out = product.x, product.w, product.out
+        rows, width, depth = len(out), out.shape[2], x.shape[2] // num_parts
+        if len(self._parts) < num_parts * rows * width:
+            self._parts = torch.empty(num_parts * rows * width, dtype=torch.float32, device=self._parts.device)
+            self.num_moves += 1
+        parts = self._parts[: num_parts * rows * width].view(num_parts, rows, width).transpose(0, 1)
+        x_of = x.as_strided((len(x), num_parts, depth), (x.stride(0), depth, 1))
+        w_of = w.as_strided((num_parts, width, depth), (depth * w.stride(2), *w.stride()[1:]))
+        _launch_product(Product(x_of, w_of, parts), n)
+        block = min(power_of_two(width), BLOCK_MAX)
+        join_parts_kernel[(n, blocks_of(width, block))](
+            self._parts,
+            self._parts if product.bias is None else product.bias,
+            self._parts if product.row_gate is None else product.row_gate,
+            out,
+            width,
+            rows * width,
+            out.stride(0),
+            NUM_PARTS=num_parts,
+            ACCUMULATE=product.accumulate,
+            HAS_BIAS=product.bias is not None,
+            HAS_ROW_GATE=product.row_gate is not None,
+            BLOCK=block,
+        )
 
     def group_fields(self, counts: Ints) -> Mapping[str, Ints]:
         """See Kernels."""

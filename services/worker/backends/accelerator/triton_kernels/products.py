@@ -2,7 +2,9 @@
 
 One kernel for all. A tile has BLOCK_ROWS rows whatever the number of rows is, and its sums run over the depth in steps
 of BLOCK_DEPTH, from the first to the last: a row's result depends on the row and the weights alone (ADR 33). The number
-of rows is not specialized on, since a kernel for 1 row or for multiples of 16 would be another kernel.
+of rows is not specialized on, since a kernel for 1 row or for multiples of 16 would be another kernel. Where the width
+makes few tiles the depth is computed in parts, as if these were heads, and joined: how many there are is decided by
+width and depth.
 
 `tf32x3`: float32 operands are taken apart into two numbers that the tensor cores multiply exactly; a weight in bfloat16
 is one such number.
@@ -111,3 +113,36 @@ def product_kernel(
     if ACCUMULATE:
         total += tl.load(out_RW, mask=mask, other=0.0)
     tl.store(out_RW, total, mask=mask)
+
+
+@triton.jit
+def join_parts_kernel(
+    parts: tl.tensor,
+    bias: tl.tensor,
+    row_gate: tl.tensor,
+    out: tl.tensor,
+    width: tl.tensor,
+    part_stride: tl.tensor,
+    out_row: tl.tensor,
+    NUM_PARTS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_ROW_GATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A product whose depth was computed in parts [NUM_PARTS, N, width]: they are added in their order, and out is made
+    of the sum as `product_kernel` makes it. Grid: rows, blocks of the width."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = columns < width
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for part in range(NUM_PARTS):
+        total += tl.load(parts + part * part_stride + row * width + columns, mask=mask, other=0.0)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=mask, other=0.0)
+    if HAS_ROW_GATE:
+        total *= sigmoid(tl.load(row_gate + row))
+    out += row * out_row + columns
+    if ACCUMULATE:
+        total += tl.load(out, mask=mask, other=0.0)
+    tl.store(out, total, mask=mask)
