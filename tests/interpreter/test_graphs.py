@@ -13,6 +13,7 @@ import torch
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.services.worker.backends.accelerator import graphs
 from elasticmoe.services.worker.backends.accelerator.backend import BLOCK_IDS, AcceleratorBackend
+from elasticmoe.services.worker.backends.accelerator.triton_kernels import kernel_set
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set import TritonKernels
 from elasticmoe.services.worker.model.batch import BatchPart
 from elasticmoe.services.worker.rank.warm_up import warm_up
@@ -106,7 +107,10 @@ def test_a_rank_that_has_warmed_up_captures_nothing_while_streams_wait(
 ) -> None:
     """Whatever it was given before, in the steps that a rank may capture little in; and the cache is as it was."""
     recorder = CallRecorder()
-    pair = Pair(checkpoint(tmp_path, "mixtral"), recorder, max_tokens=4)
+    monkeypatch.setattr(graphs, "ROWS_MAX", 4)
+    for name, value in (("DEPTH", 16), ("PART_DEPTH", 32), ("PART_ROWS", 8)):  # products in three parts, too
+        monkeypatch.setattr(kernel_set, name, value)
+    pair = Pair(checkpoint(tmp_path, "mixtral"), recorder, max_tokens=20)
     monkeypatch.setattr(graphs, "CAPTURES_PER_STEP", 0)
     model, weights = pair.captured.models[0], pair.captured.weights[0]
     memory: Any = SimpleNamespace(
@@ -119,7 +123,8 @@ def test_a_rank_that_has_warmed_up_captures_nothing_while_streams_wait(
     warm_up(model, memory, CPU, 4)
     captured = recorder.num_records
     assert captured == 3 * len((4, 2, 1))
-    a, b, c = (pair.stream(length) for length in (4, 1, 1))
+    a, b, c = (pair.stream(length) for length in (19, 1, 1))
+    a.blocks += [pair.block() for _ in range(4)]
     pair.step(a)
     for streams in ((a, b, c), (a, b), (c,)):
         pair.step(*streams)

@@ -75,6 +75,11 @@ class QueuedBackend(TorchBackend):
         """See ComputeBackend. Full of what no result is."""
         return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
 
+    def weighted_sum(self, *given: Any, **options: Any) -> None:
+        """See ComputeBackend."""
+        compute = super().weighted_sum
+        self._queue.append(lambda: compute(*given, **options))
+
     def download(self, *mirrors: Mirror) -> Operation:
         """See ComputeBackend."""
 

@@ -116,6 +116,16 @@ def test_fields_keep_their_addresses_until_one_outgrows_its_place() -> None:
     assert sent["b"].tolist() == numbers.tolist()
 
 
+def test_packed_fields_lie_together_and_nothing_else_travels() -> None:
+    transfer = SentFields(torch.device("cpu"), is_packed=True)
+    numbers = np.arange(90, dtype=np.int32)
+    transfer.send({"a": numbers, "b": numbers})
+    sent = transfer.send({"a": numbers[:3], "b": numbers[5:22]})
+    assert [sent["a"].tolist(), sent["b"].tolist()] == [numbers[:3].tolist(), numbers[5:22].tolist()]
+    assert sent["b"].data_ptr() - sent["a"].data_ptr() == 16 * 4
+    assert transfer.num_moves == 1
+
+
 def test_a_first_step_without_rows_has_its_fields_too() -> None:
     """A rank that has no sequence takes part in the others' steps."""
     transfer = SentFields(torch.device("cpu"))

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from elasticmoe.services.worker.backends.accelerator.kernels import RowGroups
+from elasticmoe.services.worker.backends.accelerator.kernels import RowGroups, WeightedSum
 from elasticmoe.services.worker.backends.accelerator.triton_kernels import (
     attention,
     kernel_set,
@@ -156,3 +156,16 @@ def test_weights_of_experts_are_read_in_whole_lines(tmp_path: Path, monkeypatch:
             RowGroups(np.array([0, 4, 0], dtype=np.int32), {}),
             is_gated=False,
         )
+
+
+def test_answers_are_summed_by_a_kernel_that_rounds_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    class Kernel:
+        def __getitem__(self, _: object) -> Any:
+            return lambda *_, **options: given.update(options)
+
+    monkeypatch.setattr(kernel_set, "weighted_sum_kernel", Kernel())
+    total = WeightedSum(torch.zeros(4, 8), torch.zeros(6, dtype=torch.int32), torch.zeros(2, 3), torch.zeros(2, 8))
+    assert TritonKernels(torch.device("cpu")).weighted_sum(total, 2)
+    assert given["enable_fp_fusion"] is False

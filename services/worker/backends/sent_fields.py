@@ -16,16 +16,20 @@ _SMALLEST: Final = 16  # entries of a field: kernels may count on addresses that
 
 class SentFields:
     """Fields of whole numbers on the host, and their copy on the device, in one buffer each. Each field keeps its
-    address until one has outgrown its place. `num_moves`: how often that was so. `room`: entries that a field has room
-    for from the beginning."""
+    address until one has outgrown its place; `num_moves`: how often that was so. Where they need not stay (`is_packed`)
+    what is sent lies together, and nothing else travels."""
 
-    def __init__(self, device: torch.device, room: Mapping[str, int] | None = None) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, is_packed: bool = False) -> None:
+        self._device, self._is_packed = device, is_packed
         self.num_moves = 0
-        self._least = dict(room or {})
+        self._least: dict[str, int] = {}
         self._room: dict[str, int] = {}
         self._host = torch.empty(0, dtype=torch.int32)
         self._there = torch.empty(0, dtype=torch.int32, device=device)
+
+    def reserve(self, **room: int) -> None:
+        """Before the first send: entries that fields are to have room for."""
+        self._least.update(room)
 
     def send(self, fields: Mapping[str, Ints]) -> dict[str, torch.Tensor]:
         """The fields on the device, once what is queued is done. Those of the send before it are overwritten: its step
@@ -41,10 +45,10 @@ class SentFields:
         at, sent = 0, {}
         host = self._host.numpy()
         for name, room in self._room.items():
+            count = len(fields[name]) if name in fields else 0
             if name in fields:
-                count = len(fields[name])
                 host[at : at + count] = fields[name]
                 sent[name] = self._there[at : at + count]
-            at += room
-        self._there.copy_(self._host, non_blocking=True)
+            at += -(-count // _SMALLEST) * _SMALLEST if self._is_packed else room
+        self._there[:at].copy_(self._host[:at], non_blocking=True)
         return sent

@@ -42,7 +42,7 @@ class PlannedExchange(BusExchange):
         self._moved_ns = 0
         self._is_alone = False  # the only member in this step: nothing travels
         self._is_whole = True  # each own token of the layer has all its choices
-        self._sent_fields = SentFields(backend.device)
+        self._sent_fields = SentFields(backend.device, is_packed=True)
         self._sent: Mapping[str, torch.Tensor] = {}  # of the layer between dispatch and combine
         self._tokens_TH = self._answers_RH = self.rows_RH
         self._fetched_R = self._answered_R = torch.empty(0, dtype=torch.int64)

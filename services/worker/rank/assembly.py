@@ -60,7 +60,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     engine = _engine(seat, memory, model, exchange, board, max_tokens) if seat.rank.tp == 0 else None
     failpoint("rank.warm_up")
     if not _is_awaited(barrier, seat.slot):
-        warm_up(model, memory, exchange.rows_RH.device, max_tokens)
+        warm_up(model, memory, exchange.rows_RH.device, min(max_tokens, seat.max_sequences))
     parts = SeatParts(
         seat=seat,
         clock=clock,

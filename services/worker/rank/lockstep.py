@@ -198,7 +198,7 @@ class Lockstep:
 
     def tell_shortage(self) -> None:
         """This rank is about to end the generation because it found no memory for the step that was met for last."""
-        self._barrier.tell_shortage(self.generation, self._total)
+        self._barrier.tell_shortage(self.generation, max(1, self._total))
 
     def shortages(self) -> dict[int, int]:
         """Slots of the members that ended the present generation so, and how many tokens the step had."""

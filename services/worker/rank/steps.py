@@ -113,9 +113,11 @@ class Steps:
     def end_unmet(self, plan: StepPlan) -> None:
         """The generation has ended before this rank saw that all had come to the step. Another one may have seen it,
         begun the step and found no memory for it, all before this one woke up: then that counts as in the step."""
-        if short := self._lockstep.shortages():
-            self._discard(plan, max(short.values()), short)
-        else:
+        short = self._lockstep.shortages()
+        total = max(short.values(), default=0)
+        if plan.num_said <= total:
+            self._discard(plan, total, short)
+        else:  # or it was a step without this plan: of another's suspect alone
             self._lockstep.abort()
 
     def _live_on(self, plan: StepPlan, total_tokens: int, error: Exception, *, is_awaited: bool) -> None:

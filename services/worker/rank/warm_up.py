@@ -20,17 +20,18 @@ def warm_up(model: Model, memory: RankMemory, device: torch.device, rows_max: in
 
     Every held expert gets a row. Tokens of its own only where no sequence of a predecessor may have its KV in the block
     that they use, and what was there comes back: a follower cannot tell. `device`: where the exchange has its rows;
-    `rows_max`: of a step.
+    `rows_max`: of a step that only decodes.
     """
     block_size, spec = memory.kv.geometry.block_size, memory.spec
     alone = Alone(memory.held, max(spec.num_experts_by_layer), spec.hidden, device)
+    _sum_answers(model, spec, device)
     if memory.ledger.rows() or not memory.kv.num_blocks or memory.weights.shard.index:
         model.forward(Batch([], block_size), alone)
         return
-    _sum_answers(model, spec, device)
     before = read_blocks(memory.kv, [0])
     tokens = [0] * min(WARM_UP_TOKENS, block_size)
     model.forward(Batch([BatchPart(tokens, 0, [0], 1)], block_size), alone)
+    alone = Alone([()] * spec.num_layers, max(spec.num_experts_by_layer), spec.hidden, device)
     with model.backend.warming_up(rows_max) as rows:
         for count in rows:
             for _ in range(2):

@@ -37,7 +37,7 @@ from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
 
-BLOCK_IDS: Final = 8_192  # of a step's sequences that there is room for at once: what has to move, is captured anew
+BLOCK_IDS: Final = 8_192  # of a step's sequences that there is room for from the beginning, where steps are captured
 
 
 class AcceleratorBackend(TensorBackend):
@@ -55,8 +55,7 @@ class AcceleratorBackend(TensorBackend):
         self.name = kernels.name
         self._kernels: Final = kernels
         self._rooms: Final = ExpertRooms(device)
-        self._transfers: Final = {name: SentFields(device) for name in ("attention", "stored", "read")}
-        self._transfers["batch"] = SentFields(device, {"block_ids": BLOCK_IDS})
+        self._transfers: Final = {name: SentFields(device) for name in ("batch", "attention", "stored", "read")}
         self.graphs: Final = Graphs(recorder, self._count_moves)
 
     def _count_moves(self) -> int:
@@ -85,7 +84,11 @@ class AcceleratorBackend(TensorBackend):
             yield rows
 
     def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:
-        """See ComputeBackend."""
+        """See ComputeBackend. Fields have room for the largest step: where they move, all is captured anew."""
+        if self.graphs.is_capturing:
+            by_row = dict.fromkeys(("token_ids", "positions", "blocks", "places", "logit_rows"), rows_max)
+            self._transfers["batch"].reserve(block_ids=BLOCK_IDS, **by_row)
+            self._transfers["attention"].reserve(tiles=4 * rows_max)
         return self.graphs.section(run, rows_max)
 
     # ---- a decoder's

@@ -70,6 +70,11 @@ class Graphs:
         self._is_warming_up = False
         self.num_captured = 0
 
+    @property
+    def is_capturing(self) -> bool:
+        """Whether there is anything to record with."""
+        return self._recorder is not None
+
     def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:
         """See ComputeBackend.section."""
         if self._recorder is None:

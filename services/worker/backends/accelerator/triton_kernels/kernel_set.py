@@ -45,6 +45,7 @@ from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
 
 PROGRAMS: Final = 256  # of one tile of rows that a product should have: an H200 has 132 multiprocessors
 PART_DEPTH: Final = 256  # at the least
+PART_ROWS: Final = 128  # whose parts are kept at once
 ROWS: Final = 16
 WIDTH: Final = 64
 DEPTH: Final = 64
@@ -110,31 +111,33 @@ class TritonKernels(Kernels):
             self._product_in_parts(product, n, num_parts)
 
     def _product_in_parts(self, product: Product, n: int, num_parts: int) -> None:
-        """Parts of the depth are computed as heads are, into memory of these kernels."""
+        """Parts of the depth are computed as heads are, some rows after the others, into memory of these kernels."""
         x, w, out = product.x, product.w, product.out
-        rows, width, depth = len(out), out.shape[2], x.shape[2] // num_parts
-        if len(self._parts) < num_parts * rows * width:
-            self._parts = torch.empty(num_parts * rows * width, dtype=torch.float32, device=self._parts.device)
+        width, depth = out.shape[2], x.shape[2] // num_parts
+        if len(self._parts) < num_parts * PART_ROWS * width:
+            self._parts = torch.empty(num_parts * PART_ROWS * width, dtype=torch.float32, device=self._parts.device)
             self.num_moves += 1
-        parts = self._parts[: num_parts * rows * width].view(num_parts, rows, width).transpose(0, 1)
+        parts = self._parts[: num_parts * PART_ROWS * width].view(num_parts, PART_ROWS, width).transpose(0, 1)
         x_of = x.as_strided((len(x), num_parts, depth), (x.stride(0), depth, 1))
         w_of = w.as_strided((num_parts, width, depth), (depth * w.stride(2), *w.stride()[1:]))
-        _launch_product(Product(x_of, w_of, parts), n)
         block = min(power_of_two(width), BLOCK_MAX)
-        join_parts_kernel[(n, blocks_of(width, block))](
-            self._parts,
-            self._parts if product.bias is None else product.bias,
-            self._parts if product.row_gate is None else product.row_gate,
-            out,
-            width,
-            rows * width,
-            out.stride(0),
-            NUM_PARTS=num_parts,
-            ACCUMULATE=product.accumulate,
-            HAS_BIAS=product.bias is not None,
-            HAS_ROW_GATE=product.row_gate is not None,
-            BLOCK=block,
-        )
+        for first in range(0, n, PART_ROWS):
+            count = min(PART_ROWS, n - first)
+            _launch_product(Product(x_of[first:], w_of, parts), count)
+            join_parts_kernel[(count, blocks_of(width, block))](
+                self._parts,
+                self._parts if product.bias is None else product.bias,
+                self._parts if product.row_gate is None else product.row_gate[first:],
+                out[first:],
+                width,
+                PART_ROWS * width,
+                out.stride(0),
+                NUM_PARTS=num_parts,
+                ACCUMULATE=product.accumulate,
+                HAS_BIAS=product.bias is not None,
+                HAS_ROW_GATE=product.row_gate is not None,
+                BLOCK=block,
+            )
 
     def group_fields(self, counts: Ints) -> Mapping[str, Ints]:
         """See Kernels."""
