@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from elasticmoe.services.worker.backends.answers import WeightedSum
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
@@ -112,12 +113,12 @@ class MirroredBackend(ComputeBackend):
         """See ComputeBackend."""
         return self._inner.judge(logits_NV.to(self._inner.device), tokens, num_top)
 
-    def weighted_sum(self, *given: Any, is_whole: bool) -> None:
+    def weighted_sum(self, total: WeightedSum, n: int) -> None:
         """See ComputeBackend."""
         twins = _Twins(self._inner.device)
-        passed = [_replaced(one, twins) for one in given]
+        there = WeightedSum(*(_replaced(one, twins) for one in total))
         twins.send()
-        self._inner.weighted_sum(*passed, is_whole=is_whole)
+        self._inner.weighted_sum(there, n)
         twins.fetch()
 
     def download(self, *mirrors: Mirror) -> Operation:

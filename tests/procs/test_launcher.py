@@ -28,8 +28,6 @@ pytestmark = pytest.mark.procs
 
 ALL = {"store": "store", "hmm": "idle", "pool": "pool", "scaler": "scaler", "router": "router"}
 SERVING = "is served at"
-
-
 Start = Callable[..., Run]
 
 
@@ -269,7 +267,7 @@ def test_no_orphan_survives_the_launchers_own_sigkill(start: Start, run_dir: Pat
     def odd_children() -> list[int]:
         return [pid for pid, command in processes_of(run_dir).items() if "signal.signal(15, 1)" in command]
 
-    (odd_child,) = wait_until(odd_children, "its child, for which nobody has waited")
+    (odd_child,) = wait_until(odd_children, "its child")
     assert len(processes_of(run_dir)) >= len(ALL) + 2  # the pool's child among them
     run.process.kill()
     run.process.wait()

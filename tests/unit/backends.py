@@ -10,6 +10,7 @@ import torch
 
 from elasticmoe.common.layout import COMPUTES
 from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.backends.answers import WeightedSum, add_up
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
 from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
@@ -75,10 +76,9 @@ class QueuedBackend(TorchBackend):
         """See ComputeBackend. Full of what no result is."""
         return torch.full(shape, float("nan") if dtype.is_floating_point else -1, dtype=dtype)
 
-    def weighted_sum(self, *given: Any, **options: Any) -> None:
+    def weighted_sum(self, total: WeightedSum, n: int) -> None:
         """See ComputeBackend."""
-        compute = super().weighted_sum
-        self._queue.append(lambda: compute(*given, **options))
+        self._queue.append(lambda: add_up(total, n))
 
     def download(self, *mirrors: Mirror) -> Operation:
         """See ComputeBackend."""

@@ -13,6 +13,7 @@ import torch
 
 from elasticmoe.common.model_spec import MoeSpec
 from elasticmoe.common.protocol.rank import Sampling
+from elasticmoe.services.worker.backends.answers import WeightedSum
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
@@ -163,7 +164,7 @@ def test_answers_are_summed_with_the_same_bits(backend: ComputeBackend) -> None:
     at_P = torch.tensor([8, 0, 3, -1, 2, -1, -1, -1, -1, 5, 5, 1], dtype=torch.int32)
     answers_RH[4] = float("nan")
     out_NH = backend.empty(4, width).fill_(float("nan"))
-    backend.weighted_sum(answers_RH, at_P, weights_NK, out_NH, 4, is_whole=False)
+    backend.weighted_sum(WeightedSum(answers_RH, at_P, weights_NK, out_NH, False), 4)
     want_NH = torch.zeros(4, width)
     for row, places in enumerate(at_P.view(4, top_k).tolist()):
         for k, place in enumerate(places):
@@ -171,9 +172,9 @@ def test_answers_are_summed_with_the_same_bits(backend: ComputeBackend) -> None:
                 product_H = answers_RH[place] * weights_NK[row, k]
                 want_NH[row] += product_H
     assert torch.equal(out_NH, want_NH)
-    backend.weighted_sum(answers_RH, at_P[:3], weights_NK, out_NH.fill_(0.0), 1, is_whole=True)
+    backend.weighted_sum(WeightedSum(answers_RH, at_P[:3], weights_NK, out_NH.fill_(0.0), True), 1)
     assert torch.equal(out_NH[0], want_NH[0])
-    backend.weighted_sum(answers_RH, at_P, weights_NK, out_NH, 0, is_whole=True)
+    backend.weighted_sum(WeightedSum(answers_RH, at_P, weights_NK, out_NH, True), 0)
     assert torch.equal(out_NH[0], want_NH[0])
 
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from elasticmoe.services.worker.backends.accelerator.kernels import RowGroups, WeightedSum
+from elasticmoe.services.worker.backends.accelerator.kernels import RowGroups
 from elasticmoe.services.worker.backends.accelerator.triton_kernels import (
     attention,
     kernel_set,
@@ -31,6 +31,7 @@ from elasticmoe.services.worker.backends.accelerator.triton_kernels.kernel_set i
     WIDTH,
     TritonKernels,
 )
+from elasticmoe.services.worker.backends.answers import WeightedSum
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # of one block, CUDA C++ programming guide, compute capabilities
 POINTERS = dict.fromkeys(
@@ -166,6 +167,8 @@ def test_answers_are_summed_by_a_kernel_that_rounds_products(monkeypatch: pytest
             return lambda *_, **options: given.update(options)
 
     monkeypatch.setattr(kernel_set, "weighted_sum_kernel", Kernel())
-    total = WeightedSum(torch.zeros(4, 8), torch.zeros(6, dtype=torch.int32), torch.zeros(2, 3), torch.zeros(2, 8))
-    assert TritonKernels(torch.device("cpu")).weighted_sum(total, 2)
+    total = WeightedSum(
+        torch.zeros(4, 8), torch.zeros(6, dtype=torch.int32), torch.zeros(2, 3), torch.zeros(2, 8), True
+    )
+    TritonKernels(torch.device("cpu")).weighted_sum(total, 2)
     assert given["enable_fp_fusion"] is False

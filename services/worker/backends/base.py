@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
+from elasticmoe.services.worker.backends.answers import WeightedSum, add_up
 from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
@@ -312,30 +313,10 @@ class ComputeBackend(ABC):
 
     # ---- what experts have answered
 
-    def weighted_sum(
-        self,
-        answers_RH: torch.Tensor,
-        at_P: torch.Tensor,
-        weights_NK: torch.Tensor,
-        out_NH: torch.Tensor,
-        n: int,
-        *,
-        is_whole: bool,
-    ) -> None:
-        """Queue out[t] = sum over k of weights[t, k] * answers[at[t * K + k]], of the first n tokens; `at`, int32, is
-        below 0 where a token has no such choice, which none does where it `is_whole`. Each product is rounded, and they
-        are added to 0 in the order of k: by all backends alike, and as the bus does it."""
-        if not n:
-            return
-        top_k = weights_NK.shape[1]
-        at_P = at_P[: n * top_k]
-        rows_PH = answers_RH.index_select(0, at_P if is_whole else at_P.clamp(min=0))
-        products_NKH = rows_PH.view(n, top_k, -1).mul_(weights_NK[:n, :, None])
-        if not is_whole:  # what is there may be anything
-            products_NKH.masked_fill_((at_P < 0).view(n, top_k, 1), 0.0)
-        torch.add(products_NKH[:, 0], 0.0, out=out_NH[:n])
-        for k in range(1, top_k):
-            out_NH[:n].add_(products_NKH[:, k])
+    def weighted_sum(self, total: WeightedSum, n: int) -> None:
+        """Queue the sums of the first n tokens. Each product is rounded, and they are added to 0 in the order of k: by
+        all backends alike, and as the bus does it."""
+        add_up(total, n)
 
     # ---- the choice of tokens, from rows of float32 logits
 

@@ -17,6 +17,7 @@ import torch
 
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.native.bus import Bus
+from elasticmoe.services.worker.backends.answers import WeightedSum
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.backends.sent_fields import SentFields
 from elasticmoe.services.worker.exchange.base import ExchangeTimes
@@ -113,7 +114,7 @@ class PlannedExchange(BusExchange):
                 (self._returned_P, n * self._top_k),
             )
         )
-        self._is_whole = len(returned) == 0 or returned.min() >= 0
+        self._is_whole = bool((returned >= 0).all())
         if self._is_alone:  # the answers are where they were computed
             if num_rows:
                 returned = answered[returned] if self._is_whole else np.where(returned < 0, -1, answered[returned])
@@ -140,14 +141,9 @@ class PlannedExchange(BusExchange):
         self._patiently(lambda wait_ms: self._bus.meet_combined(routing, self._generation, n, wait_ms))
         started = time.perf_counter_ns()
         self._chosen = None
-        self._backend.weighted_sum(
-            y_RH if self._is_alone else self._returned_PH,
-            self._sent["returned"],
-            chosen[1].device,
-            out_NH.device[first:],
-            n,
-            is_whole=self._is_whole,
-        )
+        answers_RH = y_RH if self._is_alone else self._returned_PH
+        at_P, weights_NK = self._sent["returned"], chosen[1].device
+        self._backend.weighted_sum(WeightedSum(answers_RH, at_P, weights_NK, out_NH.device[first:], self._is_whole), n)
         self._moved_ns += time.perf_counter_ns() - started
         self._num_left -= 1
 

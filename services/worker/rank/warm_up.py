@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from elasticmoe.common.model_spec import ModelSpec
+from elasticmoe.services.worker.backends.answers import WeightedSum
 from elasticmoe.services.worker.engine.kv_bytes import read_blocks, write_blocks
 from elasticmoe.services.worker.exchange.alone import Alone
 from elasticmoe.services.worker.hmm.memory import RankMemory
@@ -46,4 +47,4 @@ def _sum_answers(model: Model, spec: ModelSpec, device: torch.device) -> None:
         return
     answers_RH, out_NH = (torch.zeros((1, spec.hidden), device=device) for _ in range(2))
     at_P, weights_NK = (torch.zeros(top_k, dtype=torch.int32, device=device), torch.zeros((1, top_k), device=device))
-    backend.weighted_sum(answers_RH, at_P, weights_NK, out_NH, 1, is_whole=True)
+    backend.weighted_sum(WeightedSum(answers_RH, at_P, weights_NK, out_NH, True), 1)

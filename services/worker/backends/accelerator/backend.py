@@ -27,9 +27,9 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
     RopeTable,
     Rotation,
     Route,
-    WeightedSum,
 )
 from elasticmoe.services.worker.backends.accelerator.whole_numbers import WholeNumbers
+from elasticmoe.services.worker.backends.answers import WeightedSum
 from elasticmoe.services.worker.backends.base import BatchOperation, Mirror, Operation
 from elasticmoe.services.worker.backends.sent_fields import SentFields
 from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend, looked_up
@@ -325,19 +325,9 @@ class AcceleratorBackend(TensorBackend):
             self._product(middle_NI, w2, out_NH, row_gate=gate_N1, accumulate=True),
         )
 
-    def weighted_sum(
-        self,
-        answers_RH: torch.Tensor,
-        at_P: torch.Tensor,
-        weights_NK: torch.Tensor,
-        out_NH: torch.Tensor,
-        n: int,
-        *,
-        is_whole: bool,
-    ) -> None:
+    def weighted_sum(self, total: WeightedSum, n: int) -> None:
         """See ComputeBackend."""
-        if n and not self._kernels.weighted_sum(WeightedSum(answers_RH, at_P, weights_NK, out_NH), n):
-            super().weighted_sum(answers_RH, at_P, weights_NK, out_NH, n, is_whole=is_whole)
+        self._kernels.weighted_sum(total, n)
 
     # ---- other models'
 

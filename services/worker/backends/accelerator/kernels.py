@@ -16,6 +16,7 @@ import torch
 
 from elasticmoe.common.model_spec import ModelSpec, MoeSpec
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
+from elasticmoe.services.worker.backends.answers import WeightedSum, add_up
 from elasticmoe.services.worker.backends.sent_fields import Ints
 
 
@@ -83,15 +84,6 @@ class Route(NamedTuple):
     weights: torch.Tensor
 
 
-class WeightedSum(NamedTuple):
-    """See ComputeBackend.weighted_sum."""
-
-    answers: torch.Tensor
-    at: torch.Tensor
-    weights: torch.Tensor
-    out: torch.Tensor
-
-
 class RowGroups(NamedTuple):
     """Rows [R, H] sorted by expert: on the host how many each has, on the device what `group_fields` made of that."""
 
@@ -142,5 +134,6 @@ class Kernels(Protocol):
     def route(self, route: Route, n: int) -> None:
         """See Route."""
 
-    def weighted_sum(self, total: WeightedSum, n: int) -> bool:
-        """Queue the sum of n tokens; False: there is no kernel for it, and nothing was done."""
+    def weighted_sum(self, total: WeightedSum, n: int) -> None:
+        """See ComputeBackend: by torch's operations, where a vendor has no kernel for it."""
+        add_up(total, n)

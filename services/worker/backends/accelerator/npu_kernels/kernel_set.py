@@ -31,7 +31,6 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
     Rotation,
     Route,
     RowGroups,
-    WeightedSum,
 )
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.attention import LATENT_HEADS, FusedAttention
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.cache import flat, stored_pieces
@@ -79,11 +78,6 @@ class NpuKernels(Kernels):
             if is_wrong:
                 text = f"--compute torch_npu does not compute {what}: use --compute torch"
                 raise ConfigError(text, code="no_compute")
-
-    def weighted_sum(self, total: WeightedSum, n: int) -> bool:
-        """See Kernels. Torch's operations do it."""
-        del total, n
-        return False
 
     def prepare(self, step: AcceleratorBatch) -> None:
         """See Kernels. No step has a form: fused attention takes lengths from the host, which a graph would keep."""

@@ -24,7 +24,6 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
     Rotation,
     Route,
     RowGroups,
-    WeightedSum,
 )
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.attention import attention_kernel, join_kernel
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.products import (
@@ -41,6 +40,7 @@ from elasticmoe.services.worker.backends.accelerator.triton_kernels.rows import 
     weighted_sum_kernel,
 )
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
+from elasticmoe.services.worker.backends.answers import WeightedSum
 from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
 
 PROGRAMS: Final = 256  # of one tile of rows that a product should have: an H200 has 132 multiprocessors
@@ -304,21 +304,22 @@ class TritonKernels(Kernels):
                 BLOCK_K=power_of_two(moe.top_k),
             )
 
-    def weighted_sum(self, total: WeightedSum, n: int) -> bool:
+    def weighted_sum(self, total: WeightedSum, n: int) -> None:
         """See Kernels. Without the fusion of products and sums, which would round once where the rule rounds twice."""
-        top_k, hidden = total.weights.shape[1], total.answers.shape[1]
+        if not n:
+            return
+        top_k, hidden = total.weights_NK.shape[1], total.answers_RH.shape[1]
         block = min(power_of_two(hidden), BLOCK_MAX)
         weighted_sum_kernel[(n, blocks_of(hidden, block))](
-            total.answers,
-            total.at,
-            total.weights,
-            total.out,
+            total.answers_RH,
+            total.at_P,
+            total.weights_NK,
+            total.out_NH,
             hidden,
             TOP_K=top_k,
             BLOCK=block,
             enable_fp_fusion=False,
         )
-        return True
 
     def _split_memory(self, rows: int, parts: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of each row, head and split: what was taken, the greatest score and the weights' total."""
