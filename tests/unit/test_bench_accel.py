@@ -136,3 +136,12 @@ def test_a_benchmark_that_fails_is_told_with_its_last_words(capsys: pytest.Captu
     words = ["bench", "accel", "--devices", "npu:0", "--output", str(tmp_path), "--steps", "attach"]
     assert main(words) == 1
     assert "--devices npu:0: 2 devices are needed" in capsys.readouterr().out
+
+
+def test_what_does_not_compute_there_is_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["bench", "accel", "--devices", "cuda:0/2", "--compute", "torch_npu", "--output", str(tmp_path / "out")]
+    assert main(words) != 0
+    assert "torch_npu does not compute on cuda:0/2: torch or triton do" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
