@@ -22,7 +22,7 @@ from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol import hmm, pool
 from elasticmoe.common.protocol.codec import Codec, Message
 from elasticmoe.common.protocol.replies import Ack
-from elasticmoe.common.protocol.scaler import HmmStatus, PoolStatus, RankExited, ToScaler
+from elasticmoe.common.protocol.scaler import HmmStatus, PoolRank, PoolStatus, RankExited, ToScaler
 from elasticmoe.common.transport import Server, new_identity
 from elasticmoe.services.scaler.assembly import system_parts
 from elasticmoe.services.scaler.cluster import HostStatus
@@ -42,7 +42,7 @@ class Hostile:
     def __init__(self, path: Path, codec: Codec[Any], answer: Message) -> None:
         self.is_hostile = True
         self.thrown: Thrower = thrower(random.Random(SEED), "scaler")
-        self._answer = answer
+        self.answer = answer
         self._server: Server[Any] = Server(path, new_identity("hostile"), codec)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -56,7 +56,7 @@ class Hostile:
                 for _ in range(PER_ROUND if self.is_hostile else 0):
                     with contextlib.suppress(zmq.ZMQError):  # the other side has closed, or takes no more now
                         self._server._socket.send_multipart([peer, self.thrown.draw()])
-                self._server.send(peer, self._answer, seq=message.seq)
+                self._server.send(peer, self.answer, seq=message.seq)
 
     def close(self) -> None:
         self._stop.set()
@@ -148,3 +148,27 @@ def test_what_the_pool_said_is_asked_for_again_when_it_tells_something_or_is_com
             links.close()
             stop.set()
             thread.join()
+
+
+def test_what_the_pool_said_of_a_rank_that_ran_is_never_used_again(run_dir: Path) -> None:
+    """It may have been stopped right after: the watchdog would take it for one that runs, and wait four times as
+    long for it."""
+    config = ScalerConfig(run_dir=str(run_dir), model="/nowhere")
+    runs, sleeps, stands = (
+        PoolStatus(1, (PoolRank(RankId(0, 0), 0, "host:0", "rank:a", pid, True, 1.0, is_asleep),))
+        for pid, is_asleep in ((1, False), (2, True), (3, True))
+    )
+    server = Hostile(config.socket(config.pool_name), pool.CODEC, runs)
+    server.is_hostile = False
+    links = Links(config, tiny_mixtral_spec(), system_parts(config, NO_STORE), [].append)
+    try:
+        host = links.hosts[LOCAL_HOST]
+        assert host.ask_pool(is_starting=False) == runs
+        server.answer = sleeps
+        assert host.ask_pool(is_starting=False, age_s_max=60.0) == sleeps
+        server.answer = stands
+        assert host.ask_pool(is_starting=False, age_s_max=60.0) == sleeps
+        assert host.ask_pool(is_starting=False) == stands
+    finally:
+        links.close()
+        server.close()

@@ -54,11 +54,14 @@ class HostLink:
         return self._ask(self._hmm, GetHmmStatus(), HmmStatus, CALL_MS)
 
     def ask_pool(self, *, is_starting: bool, age_s_max: float = 0.0) -> PoolStatus | None:
-        """What the pool says now, or said at most `age_s_max` ago if it has not told anything since. At start it
-        imports for seconds; loading must not wait for it."""
+        """What the pool says now, or said at most `age_s_max` ago if all ranks slept then and it has not told anything
+        since. At start it imports for seconds; loading must not wait for it."""
         now = self._clock.monotonic()
         if self._pool_status is not None and now - self._pool_status[1] < age_s_max:
-            return self._pool_status[0]
+            said = self._pool_status[0]
+            # A rank that ran then may have stopped since: the watchdog must not take it for one that still runs.
+            if all(rank.is_asleep for rank in said.ranks):
+                return said
         status = self._ask(self._pool, GetPool(), PoolStatus, STARTING_MS if is_starting else CALL_MS)
         self._pool_status = (status, now) if status is not None else None
         # A rank that was asked for is the pool's from its answer on: what the pool does not list has ended.
