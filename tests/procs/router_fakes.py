@@ -23,13 +23,15 @@ from elasticmoe.common.transport import Server, new_identity
 
 WAIT_S = 10.0
 STATUS_EVERY_S = 0.1
+SLOW_S = 0.05
 
 
 @dataclass
 class Reply:
     """What a rank answers: `data` token by token (`per_step` at once), then `finish`; None goes on for ever. `fail`
     instead: a Failed. `after`: an event that is awaited before the first token. `top`: the alternatives of every token,
-    best first, whether or not it is among them."""
+    best first, whether or not it is among them. `slow_after`: from so many tokens on one comes only every SLOW_S, until
+    `hurry` is set: for tests that act while it goes on, however long a busy machine takes over that."""
 
     data: bytes = b""
     finish: str | None = "stop"
@@ -37,6 +39,8 @@ class Reply:
     fail: tuple[str, str, bool] | None = None
     after: threading.Event | None = None
     top: tuple[tuple[int, float], ...] | None = None
+    slow_after: int | None = None
+    hurry: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass
@@ -46,6 +50,7 @@ class _Sequence:
     reply: Reply
     sent: int = 0
     is_done: bool = False
+    stepped_at: float = 0.0
 
 
 @dataclass
@@ -153,7 +158,11 @@ class FakeRank:
 
     @staticmethod
     def _can_step(sequence: _Sequence) -> bool:
-        return sequence.reply.after is None or sequence.reply.after.is_set()
+        reply = sequence.reply
+        is_slow = reply.slow_after is not None and sequence.sent >= reply.slow_after and not reply.hurry.is_set()
+        if is_slow and time.monotonic() < sequence.stepped_at + SLOW_S:
+            return False
+        return reply.after is None or reply.after.is_set()
 
     def _take(self, server: Server[ToRank], peer: bytes, body: Any) -> None:
         if isinstance(body, Submit):
@@ -201,6 +210,7 @@ class FakeRank:
                 server.send(sequence.peer, Failed(sequence.submit.request_id, *sequence.reply.fail))
                 del self._sequences[key]
                 continue
+            sequence.stepped_at = time.monotonic()
             deltas.setdefault(sequence.peer, []).append(self._next(sequence))
             if sequence.is_done:
                 del self._sequences[key]

@@ -6,8 +6,8 @@ after the real store if it is among them. `stand_in child BEHAVIOUR`: such a chi
 Behaviours: `idle`; `scaler` and `router` (answer /ready on the launcher's sockets); `never` (a scaler that loads for
 ever); `failed` (one that gives up); `exit` (ends at once with a message); `loop`, `loop-scaler`, `loop-router` and
 `superseded` (end once the deployment serves, the last as one that another has taken over from); `chatty` (logs for
-ever); `stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second to end); `pool` (has a child that
-leaves when its pipe ends). `real`: no stand-in, but the service of that name.
+ever, from when the deployment serves); `stubborn` (ignores SIGTERM, and so does its own child); `tidy` (takes a second
+to end); `pool` (has a child that leaves when its pipe ends). `real`: no stand-in, but the service of that name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from elasticmoe.common.inherited import inherited
 from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED
 
 _GRACE_S = {"slow": 60.0}  # by name; others:
-_GRACE_S_DEFAULT = 2.0
+_GRACE_S_DEFAULT = 20.0
+_STUBBORN_GRACE_S = 2.0  # of those that never end by themselves
 _QUICK_S = {
     "backoff_first_s": 0.02,
     "backoff_max_s": 1.0,
@@ -58,7 +59,7 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
             else ChildSpec(
                 name,
                 (sys.executable, "-m", "tests.procs.stand_in", "child", behaviour),
-                _GRACE_S.get(name, _GRACE_S_DEFAULT),
+                _GRACE_S.get(name, _STUBBORN_GRACE_S if behaviour == "stubborn" else _GRACE_S_DEFAULT),
                 sockets={"scaler": (ADMIN, ADMIN_LOCAL), "router": (ROUTER,)}.get(name, ()),
                 is_vital=name == "router",
             )
@@ -132,7 +133,9 @@ def child(behaviour: str) -> int:
 
 
 def chat() -> None:
-    """Log for ever, 400 kB a second."""
+    """Log for ever, 400 kB a second. Not sooner than the deployment serves: `others_are_up` looks for a line of ours,
+    which would soon be gone."""
+    await_serving()
     for number in itertools.count():
         sys.stderr.write("".join(f"line {number}.{part} {'x' * 180}\n" for part in range(10)))
         select.select([], [], [], 0.005)
@@ -157,13 +160,18 @@ def tidy_up(*_: object) -> None:
 
 def loop(code: int) -> int:
     """Live until the deployment serves, then end with `code`."""
+    await_serving()
+    print("gave in", file=sys.stderr)
+    return code
+
+
+def await_serving() -> None:
+    """Until the deployment has started."""
     from elasticmoe.common.record import read_record
 
     run_dir = Path(os.environ["ELASTICMOE_RUN_DIR"])
     while (record := read_record(run_dir)) is None or record.state == "starting":
         select.select([], [], [], 0.01)
-    print("gave in", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

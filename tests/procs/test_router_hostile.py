@@ -22,13 +22,17 @@ from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
 BODY_MAX = 4_096
-BODY_S = 0.5
+BODY_S = 2.0
 
 
 @pytest.fixture(scope="module")
 def router(start_router: StartRouter) -> RouterProcess:
-    limits = {"body_bytes_max": BODY_MAX, "body_seconds_max": BODY_S, "request_seconds_max": 1.0}
-    return start_router(requests_max=4, **limits)
+    return start_router(requests_max=4, body_bytes_max=BODY_MAX, body_seconds_max=BODY_S)
+
+
+@pytest.fixture(scope="module")
+def hasty(start_router: StartRouter) -> RouterProcess:
+    return start_router(requests_max=4, request_seconds_max=1.0)
 
 
 @pytest.fixture
@@ -120,20 +124,20 @@ def test_an_expected_body_is_refused_unsent(rank: FakeRank, router: RouterProces
     assert error_of(answer)[0] == 413
 
 
-def test_the_deadline_ends_a_request(rank: FakeRank, router: RouterProcess) -> None:
-    rank.answer = Reply(b"never", after=threading.Event())
-    answer = router.http.post("/v1/completions", json={"prompt": "x"})
-    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
-    assert rank.seen.cancel() == rank.seen.submit().request_id
-    rank.answer = Reply(finish=None)
-    rank.max_model_len = 100_000
-    rank.say(rank.status())
-    wait_until(lambda: router.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000, "the new length")
-    body = {"prompt": "x", "stream": True, "max_tokens": 90_000}
-    text = router.http.post("/v1/completions", json=body).text
-    assert '"code":"deadline_exceeded"' in text
-    assert text.endswith("data: [DONE]\n\n")
-    rank.answer = Reply(b"ok")
+def test_the_deadline_ends_a_request(hasty: RouterProcess) -> None:
+    with serving(hasty) as rank:
+        rank.answer = Reply(b"never", after=threading.Event())
+        answer = hasty.http.post("/v1/completions", json={"prompt": "x"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert rank.seen.cancel() == rank.seen.submit().request_id
+        rank.answer = Reply(finish=None)
+        rank.max_model_len = 100_000
+        rank.say(rank.status())
+        wait_until(lambda: hasty.get("/v1/models").json()["data"][0]["max_model_len"] == 100_000, "the new length")
+        body = {"prompt": "x", "stream": True, "max_tokens": 90_000}
+        text = hasty.http.post("/v1/completions", json=body).text
+        assert '"code":"deadline_exceeded"' in text
+        assert text.endswith("data: [DONE]\n\n")
 
 
 def test_no_message_of_a_rank_harms_the_router(rank: FakeRank, router: RouterProcess) -> None:

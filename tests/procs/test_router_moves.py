@@ -45,9 +45,10 @@ class Client(threading.Thread):
 
 
 def test_a_replica_leaves_and_comes_back_and_no_token_is_lost(router: RouterProcess) -> None:
+    hurry = threading.Event()
     with ranks_of(router, 0, 1) as ranks:
         for rank in ranks:
-            rank.answer = Reply(TEXT)
+            rank.answer = Reply(TEXT, slow_after=20, hurry=hurry)
         router.wait_ready(1)
         clients = [Client(router) for _ in range(4)]
         for _ in clients:
@@ -57,6 +58,7 @@ def test_a_replica_leaves_and_comes_back_and_no_token_is_lost(router: RouterProc
         assert ranks[1].is_watched.wait(WAIT_S)
         ranks[0].hand_over(ranks[1])
         wait_until(lambda: router.metric("elasticmoe:moved_requests_total") == 4, "the router follows")
+        hurry.set()
         router.set_layout(layout_of(1, epoch=3))
         assert ranks[0].seen.unwatched.wait(WAIT_S)
         assert [client.text().encode() for client in clients] == [TEXT] * 4
@@ -70,7 +72,7 @@ def test_a_replica_leaves_and_comes_back_and_no_token_is_lost(router: RouterProc
 def test_a_client_that_leaves_frees_the_rank_that_took_its_stream_over(router: RouterProcess) -> None:
     router.set_layout(layout_of(0, epoch=2))
     with ranks_of(router, 0, 7) as ranks:
-        ranks[0].answer = Reply(finish=None)
+        ranks[0].answer = Reply(finish=None, slow_after=20)
         router.wait_ready(1)
         ranks[1].is_muted.set()  # so that the news comes from the first one
         body = {"prompt": "x", "max_tokens": 500, "stream": True}

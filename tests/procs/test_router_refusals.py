@@ -27,7 +27,7 @@ def router(start_router: StartRouter) -> RouterProcess:
 
 @pytest.mark.parametrize("is_stream", [False, True])
 def test_a_client_that_leaves_frees_everything(rank: FakeRank, router: RouterProcess, is_stream: bool) -> None:
-    rank.answer = Reply(finish=None)
+    rank.answer = Reply(finish=None, slow_after=20)
     body = {"prompt": "x", "max_tokens": 500, "stream": is_stream}
     with router.http.stream("POST", "/v1/completions", json=body) if is_stream else sent(router, body) as response:
         submit = rank.seen.submit()
@@ -72,7 +72,7 @@ def test_overload_is_refused_early(rank: FakeRank, router: RouterProcess) -> Non
 
 def test_a_full_rank_is_overload_too(rank: FakeRank, router: RouterProcess) -> None:
     rank.answer = Reply(fail=("queue_full", "4 requests wait; the limit is 4", True))
-    answer = post(router, prompt="x", stream=True)
+    answer = post(router, prompt="x")
     assert answer.status_code == 429
     assert answer.json()["error"]["code"] == "queue_full"
     assert answer.headers["retry-after"]
@@ -205,7 +205,7 @@ def test_the_document_describes_the_bodies(router: RouterProcess) -> None:
 
 
 def test_a_dead_rank_s_streams_go_on(rank: FakeRank, router: RouterProcess) -> None:
-    rank.answer = Reply(finish=None)
+    rank.answer = Reply(finish=None, slow_after=20)
     body = {"prompt": "x", "max_tokens": 500, "stream": True}
     with router.http.stream("POST", "/v1/completions", json=body) as response:
         lines = response.iter_lines()

@@ -121,9 +121,10 @@ def test_a_callers_trace_goes_on(router: RouterProcess, collector: Collector) ->
 
 def test_moves_and_recoveries_are_spans(router: RouterProcess, collector: Collector) -> None:
     router.set_layout(layout_of(0, 1, epoch=2))
+    hurry = threading.Event()
     with ranks_of(router, 0, 1) as ranks:
         for rank in ranks:
-            rank.answer = Reply(bytes(97 + index % 26 for index in range(400)))
+            rank.answer = Reply(bytes(97 + index % 26 for index in range(400)), slow_after=30, hurry=hurry)
         router.wait_ready(2)
         num_before = router.metric("vllm:generation_tokens_total")
         client = threading.Thread(target=lambda: ask(router, "moves", max_tokens=450))
@@ -135,6 +136,7 @@ def test_moves_and_recoveries_are_spans(router: RouterProcess, collector: Collec
         wait_until(lambda: router.metric("elasticmoe:moved_requests_total") == 1, "the router follows")
         other.stop()
         other.start()  # another process in its seat, which has nothing: it is submitted anew
+        hurry.set()
         client.join(WAIT_S)
     spans = collector.within(collector.request("moves"))
     (generate,), (move,), (recovery,) = spans["generate"], spans["move"], spans["recovery"]
