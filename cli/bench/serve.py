@@ -3,7 +3,7 @@
 For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
 over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. With
 `--structured` each is measured once more with answers that have to be JSON of a schema, with `--traces` once more with
-requests that are traced, in turn with the others.
+requests that are traced, in turn with the others. `--peers` compares with other engines instead (see peers).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from elasticmoe.cli.arguments import whole, wholes
+from elasticmoe.cli.arguments import WrongUsage, refuse_beside, whole, wholes
 from elasticmoe.cli.bench.deployment import add_devices, first_of, running
+from elasticmoe.cli.bench.peers import command as peers
+from elasticmoe.cli.bench.peers.engines import ENGINES, engines
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
 from elasticmoe.cli.bench.sink import TRACEPARENT, sink
 from elasticmoe.cli.bench.steady import Figures, figures
@@ -58,12 +60,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=whole(1), default=3, help="rounds of each, of which the best is told")
     parser.add_argument("--structured", action="store_true", help="answers in JSON of a schema, too")
     parser.add_argument("--traces", action="store_true", help="requests that are traced, too: needs the extra otel")
+    parser.add_argument(
+        "--peers",
+        nargs="?",
+        type=engines,
+        const=tuple(ENGINES.values()),
+        metavar="NAMES",
+        help=f"other engines, too, each installed in an environment of its own: {', '.join(ENGINES)} (all of them)",
+    )
     add_devices(parser)
     add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write raw data and the plot; the exit status (1: some request failed)."""
+    """Measure, print the table, write raw data and the plot; the exit status (1: some request failed). Raises
+    WrongUsage."""
+    if args.peers is not None:
+        for name in ("structured", "traces"):
+            refuse_beside(args, name, "--peers")
+        if args.devices:
+            raise WrongUsage("--devices: it has no effect beside --peers")
+        return peers.run(args)
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
     for model in args.models.split(","):
