@@ -68,7 +68,7 @@ def test_an_engine_is_installed_once_and_anew_where_that_failed(tmp_path: Path) 
         if len(calls) == 1:
             environment.run(environment.python, "-c", "import sys; print('\\x1b[1mno room'); sys.exit(3)")
         environment.run(environment.python, "-c", "import sys; sys.exit(sys.prefix == sys.base_prefix)")
-        (environment.packages / "its_own.py").write_text("")
+        (environment.packages / "its_own").mkdir()
 
     engine = Engine("toy", "Toy 1", (), nowhere, install=install)
     with pytest.raises(ValueError, match=r"^Toy 1: .*python: .*no room \(exit status 3; see .*install.log\)") as caught:

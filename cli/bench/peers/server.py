@@ -19,6 +19,7 @@ from elasticmoe.cli.bench.peers.engine import Launch
 from elasticmoe.cli.bench.peers.environment import last_line
 from elasticmoe.cli.chat import first_model
 from elasticmoe.cli.children import tied_to_us
+from elasticmoe.cli.http import client as http_client
 from elasticmoe.cli.load.client import run_clients
 from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.load.sample import Sample
@@ -56,7 +57,7 @@ class PeerServer:
     def first_token(self, prompt_tokens: int) -> tuple[str, float]:
         """Wait for it. Returns its model's name, and the seconds from its start to the first token of a first request.
         Raises ValueError when it ends or takes over START_S_MAX seconds."""
-        with httpx.Client(base_url=self.url, timeout=_ANSWER_S, trust_env=False) as client:
+        with http_client(self.url, timeout=_ANSWER_S) as client:
             while not self._is_ready(client):
                 self._check("it was not ready")
                 time.sleep(_LOOK_S)
