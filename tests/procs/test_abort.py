@@ -185,13 +185,13 @@ async def test_deadline_before_commit_leaves_no_trace(
 ) -> None:
     before = await in_thread(holding, elastic)
     elastic.points.arm(point)
-    op_id = await in_thread(elastic.scale, deadline_s=1.0, **target)
+    op_id = await in_thread(elastic.scale, deadline_s=5.0, **target)
     await in_thread(elastic.points.wait_hit, point)
 
     def is_aborting() -> bool:
         return elastic.operation(op_id)["phase"] in ("abort", "aborted")
 
-    await in_thread(wait_until, is_aborting, "abort", 10.0)
+    await in_thread(wait_until, is_aborting, "abort", 30.0)
     elastic.points.release(point)
     operation = await in_thread(elastic.deployment.wait_operation, op_id)
     assert (operation["phase"], operation["error"]["code"]) == ("aborted", "deadline_exceeded"), operation

@@ -18,7 +18,7 @@ from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.waiting import wait_until
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(400)]
 
 # A step of the paced model takes some 12 ms and more of many streams: 24 of them break the objective of any size.
 SETTINGS: dict[str, Any] = {

@@ -22,7 +22,7 @@ from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(400)]
 
 HOUR_S = 3600
 SETTINGS: dict[str, Any] = {"max_sequences": 32, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}

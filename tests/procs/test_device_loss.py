@@ -18,7 +18,7 @@ from tests.procs.failpoints import Failpoints
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 WEIGHT_BYTES = 70_000  # of a rank's share, at least; what it has of KV and ledger depends on the load
 SETTINGS: dict[str, Any] = {"max_sequences": 48, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 3}

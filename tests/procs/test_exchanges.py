@@ -17,7 +17,7 @@ from tests.procs.failpoints import Failpoints
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(400)]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 EJECTED_S = 3.0
 ALONE_S = 4 * 2.4

@@ -537,7 +537,7 @@ def test_an_hmm_that_is_stopped_while_it_copies_ends_at_once(world: World) -> No
 
 @pytest.mark.parametrize("end", ["released", "aborted"])
 def test_an_hmm_killed_while_it_makes_kv_makes_the_rest(world: World, end: str) -> None:
-    world.call(world.request((0, 1, 2), bytes_per_s_max=4 << 20))
+    world.call(world.request((0, 1, 2), bytes_per_s_max=1 << 20))
     world.wait("staged")
     if end == "released":
         world.join(2)

@@ -153,11 +153,11 @@ def test_an_answer_in_pieces_has_the_headers_too(widened: RouterProcess) -> None
 def test_an_idle_connection_ends_after_the_setting(widened: RouterProcess, scaler: ScalerProcess) -> None:
     for process in (widened, scaler):
         with socket.create_connection(("127.0.0.1", process.port), 10) as connection:
-            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             begun = time.monotonic()
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             while connection.recv(4_096):
                 pass
-            assert KEEP_ALIVE_S - 0.1 < time.monotonic() - begun < 10
+            assert time.monotonic() - begun > KEEP_ALIVE_S - 0.1
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tests.procs.deployment import Deployment
 from tests.procs.samples import SETTINGS, SETTLE_S, LightLoad, Sample, cycles, sample, settled_sample
 from tests.procs.waiting import wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 CYCLES = 10
 WARM = 3  # whatever is made once, at its first use, has been made by then

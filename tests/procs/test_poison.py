@@ -22,7 +22,7 @@ from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 FOLDER = Path(__file__).parent / "poison"
 SETTINGS: dict[str, Any] = {

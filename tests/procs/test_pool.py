@@ -95,7 +95,7 @@ class Pool:
 
     def status(self) -> PoolStatus:
         try:
-            answer, _ = self.client.call(GetPool(), deadline_ms=1_000)
+            answer, _ = self.client.call(GetPool(), deadline_ms=CALL_MS)
         except ElasticMoEError:
             assert self.process.poll() is None, (self.run_dir / "log").read_text()
             return PoolStatus(0, ())

@@ -25,11 +25,11 @@ from tests.procs.failpoints import Failpoints
 from tests.procs.launcher_run import Run
 from tests.procs.waiting import processes_of, wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 CALL_MS = 20_000
 STANDBYS = 3
-GONE_S = 5.0
+GONE_S = 30.0
 
 
 class Site:

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.procs.gaps import TimedLoad
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(400)]
 
 SETTINGS: dict[str, Any] = {
     "max_sequences": 48,
@@ -127,9 +128,11 @@ async def test_what_the_ledger_cannot_tell_the_router_can(
             pid = (await asyncio.to_thread(deployment.rank_pids))["r0t0"]
             os.kill(pid, signal.SIGSTOP)
             while await asyncio.to_thread(break_rows, deployment, "host:0") == 0:  # it has just been given none
-                os.kill(pid, signal.SIGCONT)
+                with suppress(ProcessLookupError):  # a rank that stood for long was ejected
+                    os.kill(pid, signal.SIGCONT)
                 await load.wait_streams(1)
-                os.kill(pid, signal.SIGSTOP)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
             await asyncio.to_thread(kill, deployment, [pid])
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
     assert load.broken == []

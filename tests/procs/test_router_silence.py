@@ -26,6 +26,7 @@ from tests.procs.router_harness import (
     running_router,
     serving,
 )
+from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
 KEEPALIVE_S = 0.3
@@ -66,7 +67,7 @@ def test_the_head_comes_at_once_and_comments_while_it_waits(rank: FakeRank, rout
 
 
 def test_a_stream_that_stalls_in_its_midst_says_so(rank: FakeRank, router: RouterProcess) -> None:
-    rank.answer = Reply(finish=None)
+    rank.answer = Reply(finish=None, slow_after=20)
     with stream(router, max_tokens=400) as connection:
         hear_until(connection, b"data: {", times=3)
         rank.is_muted.set()
@@ -115,9 +116,18 @@ def test_what_fails_after_the_head_is_an_event(rank: FakeRank, router: RouterPro
 def test_what_fails_at_once_has_a_status(rank: FakeRank, router: RouterProcess) -> None:
     rank.answer = Reply(fail=("queue_full", "4 requests wait; the limit is 4", True))
     for body, status in (({}, 429), ({"max_tokens": 9_999}, 400), ({"model": "other"}, 404)):
-        answer = router.http.post("/v1/completions", json={"prompt": "x", "stream": True, **body})
-        assert answer.status_code == status
-        assert answer.json()["error"]["code"]
+
+        def is_told(body: dict[str, object] = body, status: int = status) -> bool:
+            """Not where the rank took so long that the stream had begun: its error is an event then."""
+            answer = router.http.post("/v1/completions", json={"prompt": "x", "stream": True, **body})
+            if answer.status_code == 200:
+                assert '"error"' in answer.text
+                return False
+            assert answer.status_code == status
+            assert answer.json()["error"]["code"]
+            return True
+
+        wait_until(is_told, f"{status}")
 
 
 def test_the_deadline_of_a_silent_stream_is_an_event(rank: FakeRank, router: RouterProcess) -> None:

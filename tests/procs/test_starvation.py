@@ -26,6 +26,7 @@ from tests.procs.integrity import check_integrity
 pytestmark = [
     pytest.mark.procs,
     pytest.mark.slow,
+    pytest.mark.timeout(400),
     pytest.mark.skipif(importlib.util.find_spec("_testcapi") is None, reason="this Python has no _testcapi"),
 ]
 

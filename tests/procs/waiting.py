@@ -18,11 +18,13 @@ _TURN_S = 0.01
 def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 30.0) -> T:
     """The first true value of `condition`. Fails the test, naming `what`, when there is none in time."""
     deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        if time.monotonic() > deadline:
+    while True:
+        is_late = time.monotonic() > deadline  # before the look: it counts though this process stood still before it
+        if value := condition():
+            return value
+        if is_late:
             raise AssertionError(f"{what}: not within {timeout_s:g} s")
         threading.Event().wait(_TURN_S)
-    return value
 
 
 def processes_of(run_dir: Path) -> dict[int, str]:

@@ -125,7 +125,7 @@ async def test_a_server_that_never_answers_does_not_hold_up_the_schedule() -> No
 
 async def test_arrivals_beyond_the_connections_are_told_as_not_sent() -> None:
     async with server(lambda _: None) as url:
-        told = Told(url, connections_max=3, silence_s=0.4)
+        told = Told(url, connections_max=3, silence_s=2.0)
         found = await told.play(every(0.01, 10))
     assert [result.outcome for result in found] == ["failed"] * 3 + ["not_sent"] * 7
     assert {result.error for result in found} == {TIMED_OUT, NO_ROOM}
