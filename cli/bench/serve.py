@@ -57,7 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=whole(1), default=128, help="tokens of each prompt")
     parser.add_argument("--output-tokens", type=whole(1), default=128, help="tokens of each answer")
     parser.add_argument("--requests-per-client", type=whole(1), default=2, help="requests of a client in a round")
-    parser.add_argument("--rounds", type=whole(1), default=3, help="rounds of each, of which the best is told")
+    parser.add_argument(
+        "--rounds",
+        type=whole(1),
+        default=3,
+        help="rounds of each, of which the best is told; the median beside --peers",
+    )
     parser.add_argument("--structured", action="store_true", help="answers in JSON of a schema, too")
     parser.add_argument("--traces", action="store_true", help="requests that are traced, too: needs the extra otel")
     parser.add_argument(

@@ -47,6 +47,7 @@ from elasticmoe.cli.load.client import run_clients
 from elasticmoe.cli.load.endpoint import Shape, endpoint_of
 from elasticmoe.cli.load.sample import Sample
 from elasticmoe.cli.load.stream import complete
+from tests.procs.waiting import wait_until
 from tests.unit.toy_peer import ToyPipeline, batcher_of
 
 PLAN = Plan((1, 3), prompt_tokens=16, output_tokens=5, requests_per_client=2, rounds=2)
@@ -117,6 +118,23 @@ def test_a_program_of_an_environment_sees_none_of_ours(monkeypatch: pytest.Monke
     assert not {"PYTHONPATH", "VIRTUAL_ENV"} & set(variables)
     assert variables["OMP_NUM_THREADS"] == "1"
     assert variables["PATH"].split(":")[0] == str(tmp_path / "bin")
+
+
+def test_a_command_that_takes_too_long_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("elasticmoe.cli.bench.peers.environment.INSTALL_S_MAX", 2.0)
+    code = "import subprocess, sys; print(p := subprocess.Popen(['sleep', '600']), p.pid, flush=True); p.wait()"
+    with pytest.raises(ValueError, match=rf"{sys.executable}: took over 2 s; see {tmp_path}/install.log"):
+        Environment(tmp_path).run(sys.executable, "-c", code)
+    left = int((tmp_path / "install.log").read_text().split()[-1])
+    stat = Path(f"/proc/{left}/stat")
+    wait_until(lambda: ") Z " in read_or_nothing(stat), "it has ended")
+
+
+def read_or_nothing(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ") Z "  # it has ended, and its parent knows
 
 
 def test_engines_are_named_each_once() -> None:

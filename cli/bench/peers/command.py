@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -19,6 +22,22 @@ from elasticmoe.cli.terminal import say
 def run(args: argparse.Namespace) -> int:
     """Compare on each model and print the tables; the exit status (1: some request or engine failed). Raw data is
     written after each visit, so that nothing is lost where a later one takes too long. Raises ValueError."""
+    with _ended_by_interrupt():
+        return _compare(args)
+
+
+@contextmanager
+def _ended_by_interrupt() -> Iterator[None]:
+    """SIGTERM and a hang-up end it as Ctrl-C does: with all servers."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _compare(args: argparse.Namespace) -> int:
     plan = Plan(args.concurrency, args.prompt_tokens, args.output_tokens, args.requests_per_client, args.rounds)
     results: list[dict[str, Any]] = []
     data = {"provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])), "results": results}

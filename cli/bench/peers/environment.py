@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -40,20 +41,24 @@ class Environment:
         with open(log, "ab") as file:
             file.write(f"$ {' '.join(words)}\n".encode())
             file.flush()
-            try:
-                done = subprocess.run(
-                    tied_to_us(words),
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=own_variables(self) | dict(variables or {}),
-                    timeout=INSTALL_S_MAX,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
+            process = subprocess.Popen(
+                tied_to_us(words),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=own_variables(self) | dict(variables or {}),
+                start_new_session=True,
+            )
+        try:
+            status = process.wait(INSTALL_S_MAX)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # compilers that it has started, too; it is not reaped yet
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
                 raise ValueError(f"{words[0]}: took over {INSTALL_S_MAX:g} s; see {log}") from None
-        if done.returncode:
-            raise ValueError(f"{words[0]}: {last_line(log)} (exit status {done.returncode}; see {log})")
+            raise
+        if status:
+            raise ValueError(f"{words[0]}: {last_line(log)} (exit status {status}; see {log})")
 
 
 def own_variables(environment: Environment) -> dict[str, str]:

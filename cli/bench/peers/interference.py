@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection
 
@@ -10,7 +11,8 @@ import psutil
 
 
 class Interference(msgspec.Struct, frozen=True):
-    """Cores that were busy for others, and those that the host took away (steal), on average."""
+    """Cores that were busy for others, and those that the host took away (steal), on average; of those cores that this
+    process may use."""
 
     others_cores: float
     stolen_cores: float
@@ -36,8 +38,10 @@ class Meter:
 
 def _machine() -> tuple[float, float]:
     """Seconds for which cores were busy, and for which the host took them away, since the machine's start."""
-    times = psutil.cpu_times()
-    return times.user + times.nice + times.system + times.irq + times.softirq, times.steal
+    cores = psutil.cpu_times(percpu=True)
+    mine = [cores[number] for number in os.sched_getaffinity(0)]
+    busy_s = sum(core.user + core.nice + core.system + core.irq + core.softirq for core in mine)
+    return busy_s, sum(core.steal for core in mine)
 
 
 def _sum(processes: Collection[psutil.Process]) -> float:
