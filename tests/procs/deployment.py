@@ -252,8 +252,7 @@ class Deployment:
             assert code == 0, f"the launcher ended with code {code}\n{self.explain()}"
             assert not processes_of(self.run_dir), f"left running: {processes_of(self.run_dir)}"
             assert {entry.name for entry in self.run_dir.iterdir()} == {"launcher.lock", "logs"}
-            left = shared_memory() - self._shared_memory
-            assert not left, f"left in /dev/shm: {left}"
+            self._wait_no_shared_memory()
             if is_clean:
                 stopping = self.output().rpartition("stopping router")[2]
                 assert " ended with " not in stopping, f"a child did not stop cleanly\n{self.explain()}"
@@ -261,6 +260,17 @@ class Deployment:
             return self.report
         finally:
             self.discard()
+
+    def _wait_no_shared_memory(self) -> None:
+        """Wait until nothing in shared memory is new since its start; others may have something there for a moment."""
+
+        def left() -> set[str]:
+            return shared_memory() - self._shared_memory
+
+        try:
+            wait_until(lambda: not left(), "nothing left in /dev/shm", 10.0)
+        except AssertionError as error:
+            raise AssertionError(f"{error}: {left()}") from None
 
     def cut_off(self) -> None:
         """SIGKILL to every process, the launcher first. The run directory stays as it is."""

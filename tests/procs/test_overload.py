@@ -45,7 +45,9 @@ def held(deployment: Deployment) -> tuple[int, int, int]:
 
 def wait_free(deployment: Deployment, timeout_s: float = FREED_S) -> None:
     """Wait until requests hold nothing."""
+    begun = time.monotonic()
     wait_until(lambda: held(deployment) == (0, 0, 0), "everything is free again", timeout_s)
+    print(f"everything is free again after {time.monotonic() - begun:.2f} s")
 
 
 async def test_a_burst_is_refused_at_once_and_leaves_nothing(

@@ -152,8 +152,7 @@ async def test_another_client_waits_for_one_turn_only(directory: Path) -> None:
 
         server, idle = server_and_workers()
         greedy = [asyncio.create_task(large("a")) for _ in range(8)]
-        await wait_for(lambda: set(server.children()) - set(idle), "a large one is worked at")
-        (busy,) = set(server.children()) - set(idle)
+        (busy,) = await wait_for(lambda: set(server.children()) - set(idle), "a large one is worked at")
         busy.suspend()
         assert await chat(texts, "hi", "c") == "hi;"  # small ones do not wait for large ones at all
         busy.resume()
@@ -191,29 +190,26 @@ def rss_of(process: psutil.Process) -> int:
         return 0
 
 
-async def wait_for(condition: Any, what: str) -> None:
+async def wait_for(condition: Any, what: str) -> Any:
+    """The first true value of `condition`."""
     deadline = time.monotonic() + 10.0
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < deadline, what
         await asyncio.sleep(0.01)
+    return value
 
 
 async def test_a_worker_that_somebody_kills(directory: Path) -> None:
     """One death is no proof against the job: it is done by another worker."""
-    async with running(directory) as (texts, workers):
+    async with running(directory) as (texts, _):
+        server, idle = server_and_workers()  # one was started for the inspection
         job = asyncio.create_task(texts.encode(["x" * 900_000], CONTEXT, "", add_special=True))
-        await wait_for(lambda: len(server_and_workers()[1]) == 2, "a worker for it")
-        (worker,) = [p for p in server_and_workers()[1] if p.cpu_times().user >= 0 and p.pid != idle_pid(workers)]
+        (worker,) = await wait_for(lambda: set(server.children()) - set(idle), "a worker for it")
         worker.kill()
         assert len((await job)[0]) == 900_000
         for process in server_and_workers()[1]:  # idle ones
             process.kill()
         assert await chat(texts, "hi") == "hi;"
-
-
-def idle_pid(workers: TextWorkers) -> int:
-    """The first worker: it was started for the inspection."""
-    return min(process.pid for process in server_and_workers()[1])
 
 
 async def test_a_fork_server_that_somebody_kills(directory: Path) -> None:
