@@ -108,14 +108,14 @@ def test_a_stream_comes_as_it_is_made(proxy: Proxy, rank: FakeRank) -> None:
 def test_silence_ends_whole_answers_and_no_streams(
     name: str, tmp_path: Path, router: RouterProcess, rank: FakeRank
 ) -> None:
-    """With a limit of a second in place of the page's, which is longer than any request may take."""
-    proxy = start_proxy(name, tmp_path, router.port, ("610s", "1s"), (UNBUFFERED[name], ""))
+    """With a limit of four seconds in place of the page's, which is longer than any request may take."""
+    proxy = start_proxy(name, tmp_path, router.port, ("610s", "4s"), (UNBUFFERED[name], ""))
     try:
         release = threading.Event()
         rank.answer = Reply(b"Hello!", after=release)
         with connection_to(proxy) as connection:
             ask(connection, STREAM)
-            hear_until(connection, COMMENT, times=int(1.6 / KEEPALIVE_S))
+            hear_until(connection, COMMENT, times=int(6 / KEEPALIVE_S))
             release.set()
             hear_until(connection, b"[DONE]")
         rank.answer = Reply(b"Hello!", after=threading.Event())

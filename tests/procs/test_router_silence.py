@@ -35,7 +35,7 @@ COMMENT = b": keep-alive\n\n"
 
 @pytest.fixture(scope="module")
 def router(start_router: StartRouter) -> RouterProcess:
-    return start_router(requests_max=32, stream_keepalive_s=KEEPALIVE_S, request_seconds_max=5.0)
+    return start_router(requests_max=32, stream_keepalive_s=KEEPALIVE_S)
 
 
 @contextmanager
@@ -130,10 +130,14 @@ def test_what_fails_at_once_has_a_status(rank: FakeRank, router: RouterProcess) 
         wait_until(is_told, f"{status}")
 
 
-def test_the_deadline_of_a_silent_stream_is_an_event(rank: FakeRank, router: RouterProcess) -> None:
-    rank.answer = Reply(b"never", after=threading.Event())
-    with stream(router) as connection:
-        rest = hear_until(connection, b"[DONE]")
+def test_the_deadline_of_a_silent_stream_is_an_event(tmp_path: Path) -> None:
+    with (
+        running_router(tmp_path, stream_keepalive_s=KEEPALIVE_S, request_seconds_max=5.0) as router,
+        serving(router) as rank,
+    ):
+        rank.answer = Reply(b"never", after=threading.Event())
+        with stream(router) as connection:
+            rest = hear_until(connection, b"[DONE]")
     assert b'"code":"deadline_exceeded"' in rest
 
 

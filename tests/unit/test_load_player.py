@@ -125,11 +125,22 @@ async def test_a_server_that_never_answers_does_not_hold_up_the_schedule() -> No
 
 async def test_arrivals_beyond_the_connections_are_told_as_not_sent() -> None:
     async with server(lambda _: None) as url:
-        told = Told(url, connections_max=3, silence_s=2.0)
-        found = await told.play(every(0.01, 10))
-    assert [result.outcome for result in found] == ["failed"] * 3 + ["not_sent"] * 7
-    assert {result.error for result in found} == {TIMED_OUT, NO_ROOM}
+        told = Told(url, connections_max=3)
+        task = asyncio.create_task(told.play(every(0.01, 10)))
+        async with asyncio.timeout(10):
+            while len(told.results) < 7:
+                await asyncio.sleep(0.005)
+        told.player.stop()
+        found = await task
+    assert [result.outcome for result in found] == ["interrupted"] * 3 + ["not_sent"] * 7
+    assert [result.error for result in found] == [""] * 3 + [NO_ROOM] * 7
     assert all(result.sent_s is None and result.tokens == 0 for result in found[3:])
+
+
+async def test_a_server_that_is_silent_is_a_failure_of_each_request() -> None:
+    async with server(lambda _: None) as url:
+        found = await Told(url, silence_s=1.0).play(every(0.0, 3))
+    assert [(result.outcome, result.error) for result in found] == [("failed", TIMED_OUT)] * 3
 
 
 async def test_a_refused_request_is_not_sent_again() -> None:
