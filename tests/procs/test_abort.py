@@ -185,7 +185,8 @@ async def test_deadline_before_commit_leaves_no_trace(
 ) -> None:
     before = await in_thread(holding, elastic)
     elastic.points.arm(point)
-    op_id = await in_thread(elastic.scale, deadline_s=5.0, **target)
+    # Within the time after which a rank that stands at its point would be ejected.
+    op_id = await in_thread(elastic.scale, deadline_s=2.0, **target)
     await in_thread(elastic.points.wait_hit, point)
 
     def is_aborting() -> bool:
