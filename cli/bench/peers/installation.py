@@ -70,7 +70,7 @@ def converted(engine: Engine, environment: Environment, checkpoint: Path) -> Pat
     ValueError."""
     if engine.convert is None:
         return checkpoint
-    stamp = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in sorted(checkpoint.iterdir())]
+    stamp = [f"{path.name} {path.stat().st_size} {path.stat().st_ino}" for path in sorted(checkpoint.iterdir())]
     folder = environment.folder / "models" / f"{checkpoint.name}-{_recipe(stamp)}"
     if not folder.exists():
         partial = folder.with_name(f".{folder.name}")

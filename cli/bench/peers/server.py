@@ -28,7 +28,7 @@ from elasticmoe.common.protocol.errors import ElasticMoEError
 START_S_MAX, LOAD_S_MAX = 600.0, 1_800.0
 _LOOK_S = 0.05
 _ANSWER_S = 5.0
-_INTERRUPT_S, _TERMINATE_S = 30.0, 10.0
+_TERMINATE_S = 30.0
 
 
 class PeerServer:
@@ -117,10 +117,9 @@ class PeerServer:
         if self._is_closed:
             return
         try:
-            for number, wait_s in ((signal.SIGINT, _INTERRUPT_S), (signal.SIGTERM, _TERMINATE_S)):
-                if not self._has_ended():
-                    self._root.send_signal(number)
-                    self._wait_ended(wait_s)
+            if not self._has_ended():
+                self._root.send_signal(signal.SIGTERM)  # SIGINT may be ignored: background jobs of a shell inherit that
+                self._wait_ended(_TERMINATE_S)
         finally:
             self._is_closed = True
             self._kill()
