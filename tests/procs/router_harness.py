@@ -53,10 +53,10 @@ def configure(path: Path, **fields: Any) -> None:
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **fields}))
 
 
-def plain_client(url: str, timeout: float = WAIT_S) -> httpx.Client:
+def plain_client(url: str) -> httpx.Client:
     """A client that keeps no connection open, so that no test sees another's."""
     limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(base_url=url, trust_env=False, verify=False, timeout=timeout, limits=limits)
+    return httpx.Client(base_url=url, trust_env=False, verify=False, timeout=WAIT_S, limits=limits)
 
 
 class RouterProcess:

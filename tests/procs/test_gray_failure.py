@@ -25,9 +25,7 @@ pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 EJECTED_S = 3.0
 ALONE_S = 4 * 2.4
-# Of a stream: until its rank has been ejected, which `stop_rank` limits, and another rank goes on, for which a machine
-# with other work may need seconds. That is over before a rank that nobody waited for would even be ejected.
-GAP_S = ALONE_S
+GAP_S = 4.0
 SLOW_S = 2.0  # how long a rank may be stopped that is sure to stay
 SETTINGS: dict[str, Any] = {"max_sequences": 32, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
 

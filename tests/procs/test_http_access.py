@@ -157,7 +157,7 @@ def test_an_idle_connection_ends_after_the_setting(widened: RouterProcess, scale
             connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             while connection.recv(4_096):
                 pass
-            assert time.monotonic() - begun > KEEP_ALIVE_S - 0.1
+            assert KEEP_ALIVE_S - 0.1 < time.monotonic() - begun < 10
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------

@@ -241,7 +241,7 @@ def pid_of(elastic: Elastic, victim: str, held_pid: int, point: str, before: dic
         ranks = elastic.deployment.admin("/v1/layout")["ranks"]
         return next((rank["pid"] for rank in ranks if f"r{rank['replica']}t{rank['tp']}" == victim), None)
 
-    found = wait_until(pid, f"{victim} lives")
+    found = wait_until(pid, f"{victim} lives", 5.0)
     assert found is not None
     return found
 

@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 CALL_MS = 20_000
 STANDBYS = 3
-GONE_S = 30.0
+GONE_S = 5.0
 
 
 class Site:

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
 Deploy = Callable[..., Deployment]
 
-RECONCILED_S = 60.0
+RECONCILED_S = 10.0
 SETTINGS: dict[str, Any] = {"max_sequences": 32, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
 
 
@@ -334,7 +334,7 @@ async def test_a_router_dies_its_requests_are_cleaned_up_and_another_one_serves(
         now = loads(deployment)
         return all(load.running + load.waiting == 0 for load in now) and sum(load.blocks_free for load in now) == idle
 
-    wait_until(is_empty, "orphans cleaned up")
+    wait_until(is_empty, "orphans cleaned up", 10.0)
     check_integrity(deployment)
     deployment.stop()
 

@@ -86,7 +86,7 @@ class Beside:
         self._thread.join()
 
     def _run(self) -> None:
-        with plain_client(self._router.url, timeout=60) as http:
+        with plain_client(self._router.url) as http:
             while not self._stop.is_set():
                 self._one("/health", lambda: http.get("/health"))
                 for body in self._bodies:

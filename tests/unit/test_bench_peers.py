@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from elasticmoe.cli.bench.peers.compare import (
     Failure,
     Plan,
     Visit,
+    compare,
     load_rows,
     server_rows,
     visits,
@@ -238,8 +240,11 @@ def toy_contestant(title: str, seen: list[str] | None = None) -> Contestant:
     return Contestant(title, False, launch)
 
 
-def started(tmp_path: Path, launch: Launch, port: int) -> PeerServer:
-    return PeerServer("Toy 1", launch, dict(os.environ) | {"PYTHONPATH": str(ROOT)}, port, tmp_path / "output")
+@contextmanager
+def started(tmp_path: Path, launch: Launch, port: int) -> Iterator[PeerServer]:
+    variables = dict(os.environ) | {"PYTHONPATH": str(ROOT)}
+    with closing(PeerServer("Toy 1", launch, variables, port, tmp_path / "output")) as server:
+        yield server
 
 
 def test_a_server_is_measured_and_leaves_no_process(tmp_path: Path) -> None:
@@ -248,16 +253,13 @@ def test_a_server_is_measured_and_leaves_no_process(tmp_path: Path) -> None:
         "import subprocess, sys; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']);"
         f"import runpy; sys.argv[1:] = ['{port}']; runpy.run_module('tests.unit.toy_peer', run_name='__main__')"
     )
-    server = started(tmp_path, Launch((sys.executable, "-c", code)), port)
-    try:
+    with started(tmp_path, Launch((sys.executable, "-c", code)), port) as server:
         model, start_s = server.first_token(16)
         processes = server.processes()
         assert (model, len(processes)) == ("model", 2)
         assert 0 < start_s < 60
         assert server.memory_bytes() > 2 << 20
-    finally:
-        server.close()
-        server.close()
+    server.close()  # again
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
@@ -265,17 +267,16 @@ def test_a_server_that_ends_or_refuses_is_told_with_its_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = "import sys; print('loading'); print('no such instruction', file=sys.stderr); sys.exit(7)"
-    server = started(tmp_path, Launch((sys.executable, "-c", words)), free_port())
-    with pytest.raises(ValueError, match=r"Toy 1: it ended: no such instruction \(see .*output\)"):
-        server.first_token(16)
-    with pytest.raises(ValueError, match=r"Toy 1: it takes no connection \(.*\): no such instruction"):
-        server.load(Shape("model", 16, 1), 1, 1, 0)
-    server.close()
+    with started(tmp_path, Launch((sys.executable, "-c", words)), free_port()) as server:
+        with pytest.raises(ValueError, match=r"Toy 1: it ended: no such instruction \(see .*output\)"):
+            server.first_token(16)
+        with pytest.raises(ValueError, match=r"Toy 1: it takes no connection \(.*\): no such instruction"):
+            server.load(Shape("model", 16, 1), 1, 1, 0)
     monkeypatch.setattr("elasticmoe.cli.bench.peers.server.START_S_MAX", 0.2)
-    silent = started(tmp_path, Launch((sys.executable, "-c", "import time; time.sleep(600)")), free_port())
-    with pytest.raises(ValueError, match=r"Toy 1: it was not ready within 0.2 s: it printed nothing"):
-        silent.first_token(16)
-    silent.close()
+    code = "import time; time.sleep(600)"
+    with started(tmp_path, Launch((sys.executable, "-c", code)), free_port()) as silent:
+        with pytest.raises(ValueError, match=r"Toy 1: it was not ready within 0.2 s: it printed nothing"):
+            silent.first_token(16)
 
 
 def test_last_words_are_fit_for_a_terminal(tmp_path: Path) -> None:
@@ -313,6 +314,17 @@ def test_a_contestant_that_fails_is_left_out_and_the_others_go_on(tmp_path: Path
     assert found[0].error == f"Bad/1: it ended: no such instruction (see {tmp_path / 'bad-1.log'})"
 
 
+def test_an_engine_that_cannot_be_installed_has_failed_and_the_next_is_tried(tmp_path: Path) -> None:
+    def no_room(_: Environment) -> None:
+        raise OSError(28, "No space left on device")
+
+    bad = Engine("bad", "Bad 1", (), nowhere, install=no_room)
+    found = list(compare(tmp_path, [bad, msgspec.structs.replace(bad, title="Bad 2")], (), PLAN, tmp_path / "home"))
+    assert [(one.title, one.round) for one in found] == [("Bad 1", 0), ("Bad 2", 0)]
+    assert isinstance(found[0], Failure)
+    assert found[0].error == "Bad 1: [Errno 28] No space left on device"
+
+
 def test_an_answer_of_another_length_has_failed(tmp_path: Path) -> None:
     short = toy_contestant("A")
     plan = msgspec.structs.replace(PLAN, rounds=1)
@@ -332,11 +344,10 @@ def test_processes_whose_parents_have_gone_are_ended_too(tmp_path: Path) -> None
         ' \'import subprocess, sys; subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])\'])'
         ".wait(); print('gone')"
     )
-    server = started(tmp_path, Launch((sys.executable, "-c", code)), free_port())
-    with pytest.raises(ValueError, match="Toy 1: it ended: gone"):
-        server.first_token(16)
-    (orphan,) = server._session() - {server._root}
-    server.close()
+    with started(tmp_path, Launch((sys.executable, "-c", code)), free_port()) as server:
+        with pytest.raises(ValueError, match="Toy 1: it ended: gone"):
+            server.first_token(16)
+        (orphan,) = server._session() - {server._root}
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 

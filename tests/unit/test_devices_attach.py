@@ -14,6 +14,7 @@ from tests.devices import standins
 PAGE = standins.GRANULARITY
 NUM = 10_000
 CALLS_MAX = 3  # of each handle, the owner's for this rank and the rank's own together
+SECONDS_MAX = 3  # the goal is one, on a machine that does nothing else: docs/ascend.md, docs/cuda.md
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def test_ten_thousand_handles_are_attached_by_few_calls(kind: str, monkeypatch: 
         calls = sum(standins.loaded(one).standin_calls() for one in kinds) - before
         print(f"{kind}: {NUM} handles attached in {seconds:.2f} s by {calls} calls")
         assert calls <= CALLS_MAX * NUM + 20
+        assert seconds < SECONDS_MAX
         first = owner.reserve(PAGE)
         owner.map(first, 0, handles[-1], True)
         owner.write_bytes(first.base, b"last")

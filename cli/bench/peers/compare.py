@@ -53,10 +53,8 @@ class Plan(msgspec.Struct, frozen=True):
 
     def demand(self) -> Demand:
         """What a server has to hold for it."""
-        tokens = (
-            max(self.prompt_tokens + self.output_tokens, PREFILL_TOKENS + 1) + 1
-        )  # some end one short of their limit
-        rounded = -(-tokens // _TOKENS_UNIT) * _TOKENS_UNIT
+        tokens = max(self.prompt_tokens + self.output_tokens, PREFILL_TOKENS + 1)
+        rounded = -(-(tokens + 1) // _TOKENS_UNIT) * _TOKENS_UNIT  # one more: some end one short of their limit
         return Demand(rounded, max(self.concurrency), tuple(sorted(os.sched_getaffinity(0))))
 
 
@@ -101,14 +99,19 @@ class Failure(msgspec.Struct, frozen=True):
 def compare(
     checkpoint: Path, engines: Sequence[Engine], replicas: Sequence[int], plan: Plan, home: Path
 ) -> Iterator[Visit | Failure]:
-    """Measure them all; each visit as soon as it is over. Environments are kept under `home`. Raises ValueError when an
-    engine cannot be installed."""
+    """Measure them all; each visit is told as soon as it is over. Environments are kept under `home`. An engine that
+    cannot be installed has failed in the first round."""
     with ExitStack() as stack:
         contestants = [_ours(checkpoint, num) for num in replicas]
         for engine in engines:
             say(f"{engine.title}: installing it unless it is there, in {home}")
-            environment = stack.enter_context(made(engine, home))
-            model = converted(engine, environment, checkpoint)
+            try:
+                environment = stack.enter_context(made(engine, home))
+                model = converted(engine, environment, checkpoint)
+            except ValueError as error:
+                say(str(error))
+                yield Failure(engine.title, 0, str(error))
+                continue
             contestants.append(_theirs(engine, environment, model, plan.demand()))
         yield from visits(contestants, plan, home)
 
