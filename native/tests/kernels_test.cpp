@@ -2,15 +2,39 @@
 // tested from Python (tests/unit/test_kernels*.py); here only that it is the same in one step as in many.
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <random>
+#include <string>
 
 #include "kernels/api.h"
 #include "testing.h"
 
 using namespace elasticmoe::kernels;
 
+#if defined(ELASTICMOE_EMULATED_TILES)
+namespace elasticmoe::kernels::emulated {
+extern const Kernels kKernels;
+}
+#endif
+
 namespace {
+
+// All sets that can run here; the kernels for tiles also with emulated ones, which needs the vectors of AVX-512.
+std::vector<const Kernels*> all_sets() {
+  std::vector<const Kernels*> sets(built_kernels().sets, built_kernels().sets + built_kernels().count);
+#if defined(ELASTICMOE_EMULATED_TILES)
+  const bool has_vectors =
+      std::any_of(sets.begin(), sets.end(), [](const Kernels* set) { return set->name == std::string("avx512"); });
+  if (has_vectors) sets.push_back(&elasticmoe::kernels::emulated::kKernels);
+  static const bool told = [&] {
+    std::printf(has_vectors ? "kernels for tiles: emulated\n" : "kernels for tiles: left out, there is no AVX-512\n");
+    return true;
+  }();
+  (void)told;
+#endif
+  return sets;
+}
 
 // Numbers between -1 and 1; on the heap, so that a sanitizer sees what is read beyond.
 std::vector<float> floats(int64_t count, unsigned seed) {
@@ -67,32 +91,141 @@ std::vector<float> attend(const Kernels& set, const Form& form, Dtype dtype, int
   return out;
 }
 
+// out[row, col] += x[row] · w[col] in double, and what its rounding to float32 may come to.
+void check_product(const std::vector<float>& x, const std::vector<uint16_t>& w, int64_t rows, int64_t cols, int64_t depth,
+                   float before, const std::vector<float>& out) {
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t col = 0; col < cols; ++col) {
+      double sum = before, size = std::fabs(before);
+      for (int64_t k = 0; k < depth; ++k) {
+        const uint32_t bits = static_cast<uint32_t>(w[static_cast<size_t>(col * depth + k)]) << 16;
+        float weight;
+        std::memcpy(&weight, &bits, sizeof weight);
+        const double term = static_cast<double>(x[static_cast<size_t>(row * depth + k)]) * static_cast<double>(weight);
+        sum += term;
+        size += std::fabs(term);
+      }
+      CHECK(std::fabs(sum - static_cast<double>(out[static_cast<size_t>(row * cols + col)])) <= 1e-6 * size);
+    }
+  }
+}
+
+std::vector<float> part_of(const std::vector<float>& all, int64_t begin, int64_t count) {
+  return {all.begin() + begin, all.begin() + begin + count};
+}
+
 }  // namespace
+
+TEST(products_are_as_exact_as_float32_and_do_not_depend_on_other_rows) {
+  constexpr int64_t kRows = 170;  // more than are packed at once on tiles
+  struct Shape {
+    int64_t cols, depth;
+  };
+  for (const Kernels* set : all_sets()) {
+    for (const Shape& shape : {Shape{1, 7}, {16, 32}, {33, 100}, {64, 64}, {150, 48}, {70, 256}}) {
+      const std::vector<float> x = floats(kRows * shape.depth, 1), bias = floats(shape.cols, 3);
+      const std::vector<uint16_t> w = halves(floats(shape.cols * shape.depth, 2));
+      const auto run = [&](int64_t first, int64_t rows, const std::vector<float>& before, const float* added) {
+        const std::vector<float> some = part_of(x, first * shape.depth, rows * shape.depth);
+        std::vector<float> out = before;
+        set->linear({some.data(), rows, w.data(), Dtype::kBfloat16, shape.cols, shape.depth, out.data(), before[0] != 0,
+                     added});
+        return out;
+      };
+      const std::vector<float> zeros(static_cast<size_t>(kRows * shape.cols)), ones(zeros.size(), 1);
+      const std::vector<float> all = run(0, kRows, zeros, nullptr);
+      check_product(x, w, kRows, shape.cols, shape.depth, 0, all);
+      check_product(x, w, kRows, shape.cols, shape.depth, 1, run(0, kRows, ones, nullptr));
+      for (const int64_t rows : {1, 2, 4, 5, 6, 10, 11, 20, 79, 80, 81, 85}) {
+        const int64_t first = rows % 7;
+        const std::vector<float> some = run(first, rows, part_of(zeros, 0, rows * shape.cols), nullptr);
+        CHECK(some == part_of(all, first * shape.cols, rows * shape.cols));
+      }
+      const std::vector<float> biased = run(0, 3, part_of(zeros, 0, 3 * shape.cols), bias.data());
+      for (size_t i = 0; i < biased.size(); ++i) {
+        CHECK(std::fabs(biased[i] - (all[i] + bias[i % bias.size()])) <= 1e-4f);
+      }
+    }
+  }
+}
+
+TEST(a_number_that_is_not_finite_stays_in_its_row) {
+  for (const Kernels* set : all_sets()) {
+    const std::vector<uint16_t> w = halves(floats(20 * 40, 2));
+    for (const float odd : {NAN, INFINITY}) {
+      std::vector<float> x = floats(9 * 40, 1), out(9 * 20), want(9 * 20);
+      set->linear({x.data(), 9, w.data(), Dtype::kBfloat16, 20, 40, want.data(), false, nullptr});
+      x[4 * 40 + 10] = odd;
+      set->linear({x.data(), 9, w.data(), Dtype::kBfloat16, 20, 40, out.data(), false, nullptr});
+      for (size_t i = 0; i < out.size(); ++i) CHECK(i / 20 == 4 ? !std::isfinite(out[i]) : out[i] == want[i]);
+    }
+  }
+}
+
+TEST(a_weight_that_is_not_finite_stays_in_its_column) {
+  for (const Kernels* set : all_sets()) {
+    for (const int64_t depth : {40, 64}) {  // the last step of 40 is not whole: what follows it is the next weight
+      const std::vector<float> x = floats(3 * depth, 1);
+      std::vector<uint16_t> w = halves(floats(20 * depth, 2));
+      std::vector<float> out(3 * 20), want(3 * 20);
+      set->linear({x.data(), 3, w.data(), Dtype::kBfloat16, 20, depth, want.data(), false, nullptr});
+      w[static_cast<size_t>(5 * depth)] = w[static_cast<size_t>(18 * depth)] = 0x7f80;  // infinity
+      set->linear({x.data(), 3, w.data(), Dtype::kBfloat16, 20, depth, out.data(), false, nullptr});
+      for (size_t i = 0; i < out.size(); ++i) {
+        CHECK(i % 20 == 5 || i % 20 == 18 ? !std::isfinite(out[i]) : out[i] == want[i]);
+      }
+    }
+  }
+}
+
+TEST(experts_stay_within_their_memory_and_do_not_depend_on_other_rows) {
+  constexpr int64_t kHidden = 72, kWidth = 24, kExperts = 4;
+  const std::vector<int32_t> counts{0, 3, 1, 90};
+  const std::vector<float> rows = floats(94 * kHidden, 1), gate = floats(kHidden, 2);
+  const std::vector<float> w13 = floats(kExperts * 2 * kWidth * kHidden, 3), w2 = floats(kExperts * kHidden * kWidth, 4);
+  const std::vector<uint16_t> narrow13 = halves(w13), narrow2 = halves(w2);
+  std::vector<float> before;
+  for (const Kernels* set : all_sets()) {
+    const auto run = [&](const std::vector<int32_t>& some, int64_t first, int64_t count, const float* gated) {
+      const std::vector<float> x = part_of(rows, first * kHidden, count * kHidden);
+      std::vector<float> out(x.size());
+      set->experts({x.data(), some.data(), kExperts, reinterpret_cast<const char*>(narrow13.data()),
+                    2 * kWidth * kHidden * 2, reinterpret_cast<const char*>(narrow2.data()), kHidden * kWidth * 2,
+                    Dtype::kBfloat16, kHidden, kWidth, gated, out.data(), false});
+      return out;
+    };
+    const std::vector<float> all = run(counts, 0, 94, gate.data());
+    CHECK(run({0, 3, 0, 0}, 0, 3, gate.data()) == part_of(all, 0, 3 * kHidden));
+    CHECK(run({0, 0, 0, 7}, 50, 7, gate.data()) == part_of(all, 50 * kHidden, 7 * kHidden));
+    if (before.empty()) before = all;
+    for (size_t i = 0; i < all.size(); ++i) CHECK(std::fabs(all[i] - before[i]) <= 1e-4f);
+  }
+}
 
 TEST(latent_attention_stays_within_its_memory_and_does_not_depend_on_chunks) {
   const Form forms[] = {{4, 6, 5, 24, 4, 4}, {16, 32, 32, 128, 32, 16}, {20, 10, 12, 50, 6, 3}, {1, 3, 2, 7, 2, 1}};
-  for (int64_t i = 0; i < built_kernels().count; ++i) {
+  for (const Kernels* set : all_sets()) {
     for (const Form& form : forms) {
       for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBfloat16}) {
-        const std::vector<float> whole = attend(*built_kernels().sets[i], form, dtype, 70, 70);
+        const std::vector<float> whole = attend(*set, form, dtype, 70, 70);
         for (const float value : whole) CHECK(std::isfinite(value));
-        CHECK(attend(*built_kernels().sets[i], form, dtype, 70, 1) == whole);
-        CHECK(attend(*built_kernels().sets[i], form, dtype, 70, 33) == whole);
+        CHECK(attend(*set, form, dtype, 70, 1) == whole);
+        CHECK(attend(*set, form, dtype, 70, 33) == whole);
       }
     }
   }
 }
 
 TEST(routers_stay_within_their_memory) {
-  for (int64_t i = 0; i < built_kernels().count; ++i) {
+  for (const Kernels* set : all_sets()) {
     for (const int64_t experts : {1, 7, 60, 64}) {
       for (const Scoring scoring : {Scoring::kSoftmax, Scoring::kSigmoid}) {
         const int64_t groups = experts == 60 ? 6 : 1, top = experts < 4 ? experts : 4;
         const std::vector<float> x = floats(3 * 20, 1), gate = floats(experts * 20, 2), bias = floats(experts, 3);
         std::vector<int32_t> ids(static_cast<size_t>(3 * top), -1);
         std::vector<float> weights(ids.size(), NAN);
-        built_kernels().sets[i]->router({x.data(), 3, 20, gate.data(), bias.data(), experts, top, scoring, groups,
-                                         groups == 1 ? 1 : 2, true, 2.5f, ids.data(), weights.data()});
+        set->router({x.data(), 3, 20, gate.data(), bias.data(), experts, top, scoring, groups, groups == 1 ? 1 : 2, true,
+                     2.5f, ids.data(), weights.data()});
         for (const int32_t id : ids) CHECK(id >= 0 && id < experts);
         for (const float weight : weights) CHECK(std::isfinite(weight));
       }

@@ -1,4 +1,4 @@
-// Products of rows: out[m, n] = x[m] · w[n], the weight read in its stored dtype. Included only by isa.cpp.
+// Products of rows by vectors: out[m, n] = x[m] · w[n], the weight read in its stored dtype. Included only by isa.cpp.
 //
 // Every result is the sum of one vector of running sums, taken over k in order and then reduced in one fixed order,
 // whatever the tile: so a row's result does not depend on how many rows are computed with it.
@@ -173,7 +173,7 @@ inline int64_t block_end(int64_t num_rows, int64_t block) {
   return num_rows * (block + 1) / num_row_blocks(num_rows);
 }
 
-// Pack rows for `product`: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
+// Pack rows for `vector_product`: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
 // padded<T>(depth).
 template <typename T, typename RowAt>
 void pack_rows(RowAt row_at, int64_t num_rows, int64_t depth, float* to) {
@@ -193,8 +193,8 @@ void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth
 
 // out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w.
 template <typename T>
-void product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
-             float* out, int64_t out_stride, bool add) {
+void vector_product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
+                    float* out, int64_t out_stride, bool add) {
   if (num_rows == 0) return;
   const int64_t x_stride = padded<T>(depth);
   const int64_t num_blocks = num_row_blocks(num_rows);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/attention.h"
+#include "kernels/product.h"
 #if defined(__AMX_BF16__)
 #include "kernels/latent_tiles.h"
 #endif
@@ -136,10 +137,10 @@ template <typename T>
 void absorb_values(const LatentAttention& a, int64_t begin, int64_t end, const float* from) {
   using Element = typename T::Element;
   const int64_t width = a.cache.width, num_rows = end - begin, head_rows = a.nope_dim + a.v_dim;
-  float* packed = scratch(Scratch::kPacked, num_rows * padded<T>(a.rank));
+  float* packed = scratch(Scratch::kPacked, operand_floats<T>(num_rows, a.rank));
   for (int64_t head = 0; head < a.q_heads; ++head) {
     const Element* w = static_cast<const Element*>(a.kv_b) + (head * head_rows + a.nope_dim) * a.rank;
-    pack_rows<T>(from + head * width, a.q_heads * width, num_rows, a.rank, packed);
+    make_operand<T>(from + head * width, a.q_heads * width, num_rows, a.rank, packed);
     product<T>(packed, num_rows, w, a.v_dim, a.rank, a.out + (begin * a.q_heads + head) * a.v_dim, a.q_heads * a.v_dim,
                false);
   }

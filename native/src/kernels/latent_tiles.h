@@ -1,49 +1,13 @@
 // Latent attention on the tiles of AMX: sixteen rows of queries at a time against a bfloat16 cache, which is read as it
 // is. Included only by isa.cpp, in the set that has them.
 //
-// A product of tiles takes bfloat16 on both sides and sums in float32. Queries and probabilities are float32: each is
-// cut into three bfloat16 numbers whose sum it is, so that nothing is rounded but the sums, as in the other sets. A
-// row's bits depend on its position alone: tiles of keys begin where positions say, and each sum has one fixed order.
+// A row's bits depend on its position alone: tiles of keys begin where positions say, and each sum has one fixed order.
 #pragma once
 
-#include <immintrin.h>
-
 #include "kernels/attention.h"
+#include "kernels/tiles.h"
 
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
-
-inline constexpr int64_t kTile = 16;          // rows of a tile, and its columns of float32
-inline constexpr int64_t kPairs = 2 * kTile;  // its columns of bfloat16
-inline constexpr int64_t kTileElements = kTile * kPairs;
-inline constexpr int64_t kTerms = 3;  // of 8 bits each: all 24 of a float32
-
-inline void begin_tiles() {
-  struct __attribute__((packed)) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int64_t i = 0; i < 8; ++i) {
-    config.row_bytes[i] = kPairs * 2;
-    config.rows[i] = kTile;
-  }
-  _tile_loadconfig(&config);
-}
-
-// The next of the terms of 16 floats, as their upper halves; what is left stays in `rest`.
-inline U32 next_term(F32& rest) {
-  const U32 term = bits<U32>(rest) & 0xffff0000u;
-  rest -= bits<F32>(term);
-  return term;
-}
-
-// Lane i of the result: the upper halves of lanes 2 i and 2 i + 1 of a and b one after the other.
-inline U32 join_halves(U32 a, U32 b) {
-  constexpr auto kEven = [](int64_t i) { return 2 * i; };
-  constexpr auto kOdd = [](int64_t i) { return 2 * i + 1; };
-  const F32 even = shuffle<kEven>(bits<F32>(a), bits<F32>(b)), odd = shuffle<kOdd>(bits<F32>(a), bits<F32>(b));
-  return (bits<U32>(even) >> 16) | bits<U32>(odd);
-}
 
 // Queries as right-hand sides: of each step of 32 elements the three terms, each a tile of [16 pairs, 16 rows].
 inline void tile_queries(const float* from, int64_t from_stride, int64_t num_rows, int64_t width, uint16_t* to) {
@@ -86,30 +50,6 @@ inline void tile_probabilities(const float* from, int64_t from_stride, int64_t c
       }
     }
   }
-}
-
-// A tile of [16, 16] floats from rows to columns.
-inline void transpose(const float* from, float* to, int64_t to_stride) {
-  F32 rows[kTile];
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kTile; ++i) rows[i] = load(from + i * kTile);
-  const auto exchange = [&]<int64_t kStep>() {
-    constexpr auto kLow = [](int64_t i) { return i & kStep ? (i ^ kStep) + kTile : i; };
-    constexpr auto kHigh = [](int64_t i) { return i & kStep ? i + kTile : i ^ kStep; };
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kTile; ++i) {
-      if (i & kStep) continue;
-      const F32 a = rows[i], b = rows[i + kStep];
-      rows[i] = shuffle<kLow>(a, b);
-      rows[i + kStep] = shuffle<kHigh>(a, b);
-    }
-  };
-  exchange.template operator()<1>();
-  exchange.template operator()<2>();
-  exchange.template operator()<4>();
-  exchange.template operator()<8>();
-#pragma GCC unroll 16
-  for (int64_t i = 0; i < kTile; ++i) store(to + i * to_stride, rows[i]);
 }
 
 // A tile's keys: where they lie, if sixteen always lie together and rows are whole steps; else a copy, filled up with
@@ -180,6 +120,7 @@ inline void score_tiles(const KeyRows& keys, int64_t count, const uint16_t* quer
                         int64_t scores_stride, LatentTiles& next) {
   alignas(64) float sums[4][kTile * kTile];
   const size_t stride = static_cast<size_t>(keys.stride) * 2;
+  settle();
   for (int64_t first = 0; first < count; first += 4 * kTile) {
     const int64_t left = (count - first + kTile - 1) / kTile;
     const uint16_t* rows[4];
@@ -219,6 +160,7 @@ inline void score_tiles(const KeyRows& keys, int64_t count, const uint16_t* quer
 inline void add_tiles(const uint16_t* probabilities, const uint16_t* latents, int64_t count, int64_t columns,
                       float* sums, int64_t sums_stride, LatentTiles& next) {
   const size_t stride = static_cast<size_t>(sums_stride) * 4;
+  settle();
   for (int64_t column = 0; column < columns; column += kPairs) {
     float* to = sums + column;
     _tile_loadd(0, to, stride);

@@ -4,14 +4,14 @@
 #include <cmath>
 
 #include "kernels/api.h"
-#include "kernels/dot.h"
+#include "kernels/product.h"
 
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
 template <typename T>
 void linear_as(const Linear& a) {
-  float* packed = scratch(Scratch::kPacked, a.num_rows * padded<T>(a.depth));
-  pack_rows<T>(a.x, a.depth, a.num_rows, a.depth, packed);
+  float* packed = scratch(Scratch::kPacked, operand_floats<T>(a.num_rows, a.depth));
+  make_operand<T>(a.x, a.depth, a.num_rows, a.depth, packed);
   if (a.bias != nullptr) {
     for (int64_t row = 0; row < a.num_rows; ++row) {
       float* out = a.out + row * a.num_cols;
@@ -84,7 +84,7 @@ void experts_as(const Experts& a) {
   const int64_t most = a.num_experts == 0 ? 0 : kExpertRows;
   float* gates = a.gate == nullptr ? nullptr : scratch(Scratch::kScores, most);
   float* wide = scratch(Scratch::kWide, most * 2 * a.width);
-  float* packed_wide = scratch(Scratch::kPackedWide, most * padded<T>(a.width));
+  float* packed_wide = scratch(Scratch::kPackedWide, operand_floats<T>(most, a.width));
   const float* rows = a.rows;
   float* out = a.out;
   for (int64_t expert = 0; expert < a.num_experts; ++expert) {
@@ -95,8 +95,8 @@ void experts_as(const Experts& a) {
       if (a.gate != nullptr) {
         linear({rows, count, a.gate, Dtype::kFloat32, 1, a.hidden, gates, false, nullptr});
       }
-      float* packed = scratch(Scratch::kPacked, count * padded<T>(a.hidden));
-      pack_rows<T>(rows, a.hidden, count, a.hidden, packed);
+      float* packed = scratch(Scratch::kPacked, operand_floats<T>(count, a.hidden));
+      make_operand<T>(rows, a.hidden, count, a.hidden, packed);
       product<T>(packed, count, w13, 2 * a.width, a.hidden, wide, 2 * a.width, false);
       for (int64_t row = 0; row < count; ++row) {
         float* gate = wide + row * 2 * a.width;
@@ -105,7 +105,7 @@ void experts_as(const Experts& a) {
         const float share = sigmoid(gates[row]);
         for (int64_t i = 0; i < a.width; ++i) gate[i] *= share;
       }
-      pack_rows<T>(wide, 2 * a.width, count, a.width, packed_wide);
+      make_operand<T>(wide, 2 * a.width, count, a.width, packed_wide);
       product<T>(packed_wide, count, w2, a.hidden, a.width, out, a.hidden, a.add);
       rows += count * a.hidden;
       out += count * a.hidden;
