@@ -171,7 +171,12 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
         _is("Longest sequence, prompt and output; at most what the model knows", "tokens"),
     ] = 2048
     max_tokens_per_step: Annotated[
-        int, Meta(ge=1, le=65_536), _is("Most tokens that a replica computes in one step", "tokens")
+        int,
+        Meta(ge=1, le=65_536),
+        _is(
+            "Most tokens that a replica computes in one step; more than 128 where prompts gain and streams bear it",
+            "tokens",
+        ),
     ] = 128
     max_sequences: Annotated[int, Meta(ge=1, le=65_536), _is("Most sequences of a replica at once")] = 64
 

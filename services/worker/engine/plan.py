@@ -42,6 +42,11 @@ class StepPlan(NamedTuple):
         return sum(chunk.num_tokens for chunk in self.chunks)
 
     @property
+    def num_prompt(self) -> int:
+        """Of these, tokens of prompts: all of chunks that are longer than one."""
+        return sum(chunk.num_tokens for chunk in self.chunks if chunk.num_tokens > 1)
+
+    @property
     def is_whole(self) -> bool:
         """Whether nothing was left out that could have been computed."""
         return not (self.is_decode_only or self.is_alone or self.leaves_suspects)

@@ -1,8 +1,8 @@
 """What to compute in the next step. Pure: no tensors, no clock, no sockets.
 
 Continuous batching with chunked prefill: running sequences decode one token each; what is left of the step's token
-budget goes to prompts, oldest first, in chunks. A plan changes nothing but block ownership, so a step that is given up
-(its exchange was aborted) is simply planned again; `commit` makes it count.
+budget (budget.py) goes to prompts, oldest first, in chunks. A plan changes nothing but block ownership, so a step that
+is given up (its exchange was aborted) is simply planned again; `commit` makes it count.
 
 Sequences whose grammar is not ready are left out of steps, and so are suspects (trial.py).
 
@@ -18,6 +18,7 @@ from collections.abc import Sequence as Seq
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
 from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.services.worker.engine.blocks import BlockManager
+from elasticmoe.services.worker.engine.budget import StepBudget
 from elasticmoe.services.worker.engine.plan import Chunk, Draft, PlanFailed, StepPlan
 from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
 from elasticmoe.services.worker.engine.trial import INNOCENT, Trial
@@ -31,6 +32,7 @@ class Scheduler:
     ) -> None:
         self.blocks = blocks
         self.max_tokens = max_tokens
+        self.budget = StepBudget(max_tokens)
         self.max_sequences = max_sequences
         self.max_model_len = max_model_len
         self.max_waiting = max_waiting
@@ -107,7 +109,7 @@ class Scheduler:
         """Choose the next step's work and allocate its blocks. `decode_only`: prompts wait for the next step.
         `num_clean`: see Trial.may_be_alone; if there are suspects, this is one's own step, or they are left out. Raises
         PlanFailed, and MemoryError."""
-        draft = Draft(self.max_tokens)
+        draft = Draft(self.max_tokens if decode_only or self.budget.is_fixed else self._tokens_of_step())
         try:
             return self._plan(draft, decode_only=decode_only, num_clean=num_clean)
         except MemoryError:
@@ -133,6 +135,11 @@ class Scheduler:
             self._draft_waiting(draft, left_out)
         draft.subject = None
         return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects))
+
+    def _tokens_of_step(self) -> int:
+        missing = [len(s.tokens) - s.kv_len for s in self.running]
+        prompts = [count for count in missing if count > 1]
+        return self.budget.tokens(prompts + [len(s.tokens) for s in self.waiting], len(missing) - len(prompts))
 
     def _draft_running(self, draft: Draft, left_out: list[Sequence], *, decode_only: bool) -> None:
         index = 0

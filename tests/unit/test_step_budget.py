@@ -1,0 +1,124 @@
+"""How many tokens a step has: against the best of all sizes, where steps cost what they are said to."""
+
+import random
+
+import pytest
+
+from elasticmoe.common.protocol.rank import Sampling, Submit
+from elasticmoe.services.worker.engine.blocks import BlockManager
+from elasticmoe.services.worker.engine.budget import BEARABLE_S, FIXED_TOKENS, LEAST_TOKENS, StepBudget
+from elasticmoe.services.worker.engine.scheduler import Scheduler
+
+MOST = 2048
+
+
+def told(fixed_s: float, token_s: float, most: int = MOST) -> StepBudget:
+    """One that knows what steps cost."""
+    budget = StepBudget(most)
+    budget.note(0, 1, fixed_s)
+    budget.note(LEAST_TOKENS, LEAST_TOKENS, fixed_s + token_s * LEAST_TOKENS)
+    return budget
+
+
+def mean_ttft(prompts: list[int], fixed_s: float, token_s: float, size: int | StepBudget) -> float:
+    """When prompts that wait get their first tokens, in the mean, where nobody decodes."""
+    left, now, sum_s = list(prompts), 0.0, 0.0
+    while left:
+        room = size if isinstance(size, int) else size.tokens(left, 0)
+        done, total = 0, 0
+        while left and total < room:
+            taken = min(left[0], room - total)
+            total += taken
+            left[0] -= taken
+            if left[0] == 0:
+                done += 1
+                left.pop(0)
+        now += fixed_s + token_s * total
+        sum_s += done * now
+    return sum_s / len(prompts)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_prompts_that_wait_get_their_first_tokens_about_as_soon_as_with_the_best_size(seed: int) -> None:
+    rng = random.Random(seed)
+    fixed_s, token_s = rng.uniform(0.002, 0.3), rng.uniform(2e-5, 4e-3)
+    length = rng.choice((32, 128, 300, 1000))
+    prompts = [rng.randint(length // 2, length * 2) for _ in range(rng.randint(1, 40))]
+    ours = mean_ttft(prompts, fixed_s, token_s, told(fixed_s, token_s))
+    best = min(mean_ttft(prompts, fixed_s, token_s, size) for size in range(LEAST_TOKENS, MOST + 1, 64))
+    assert ours <= 1.1 * best
+
+
+def test_few_prompts_make_small_steps_and_many_large_ones() -> None:
+    budget = told(0.1, 0.002)  # a step's fixed part is 50 tokens' worth
+    sizes = [budget.tokens([100] * count, 0) for count in (1, 8, 32, 200)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == LEAST_TOKENS
+    assert sizes[2] == 400  # sqrt(3200 * 50)
+    assert budget.tokens([1000], 0) == 1000  # one alone is not cut
+
+
+def test_running_streams_bear_so_much_and_have_their_own_tokens_besides() -> None:
+    budget = told(0.1, 0.001)
+    assert budget.tokens([1000] * 50, 10) == round((BEARABLE_S - 0.1) / 0.001) + 10
+    assert told(0.1, 0.1).tokens([1000] * 50, 10) == LEAST_TOKENS + 10  # where one token is too much already
+    assert told(2.0, 0.001).tokens([1000] * 50, 10) == LEAST_TOKENS + 10  # or none
+
+
+def test_what_is_not_known_yet_costs_streams_nothing() -> None:
+    budget = StepBudget(MOST)
+    assert budget.tokens([200] * 32, 1) == LEAST_TOKENS + 1
+    assert budget.tokens([200] * 32, 0) == 640  # sqrt(6400 * FIXED_TOKENS)
+    assert FIXED_TOKENS == 64
+    budget.note(200, 200, 5.0)  # says nothing without the fixed part
+    assert budget.tokens([200] * 32, 0) == 640
+
+
+def test_steps_that_tell_nothing_change_nothing() -> None:
+    budget, same = told(0.1, 0.001), told(0.1, 0.001)
+    budget.note(0, 0, 9.0)  # of others alone
+    budget.note(2, 30, 9.0)  # too few tokens of a prompt
+    assert budget.tokens([1000] * 50, 1) == same.tokens([1000] * 50, 1)
+
+
+def test_what_is_free_or_slower_than_nothing_is_no_division_by_zero() -> None:
+    budget = StepBudget(MOST)
+    budget.note(0, 1, 0.5)
+    budget.note(LEAST_TOKENS, LEAST_TOKENS, 0.1)  # faster than the fixed part: noise
+    assert budget.tokens([1000] * 50, 0) == MOST
+    assert budget.tokens([1000] * 50, 3) == LEAST_TOKENS + 3  # at its bound already
+    assert told(0.0, 0.0).tokens([1000] * 50, 3) == 1003  # nothing is gained beyond the first prompt
+
+
+@pytest.mark.parametrize("most", [1, 16, LEAST_TOKENS])
+def test_a_small_limit_is_the_size_of_every_step(most: int) -> None:
+    budget = told(0.1, 0.001, most)
+    assert budget.is_fixed
+    assert budget.tokens([1000] * 50, 10) == most
+    assert budget.tokens([], 10) == most
+
+
+def test_no_step_exceeds_its_limit_and_nobody_who_runs_goes_without() -> None:
+    rng = random.Random(3)
+    for _ in range(500):
+        most = rng.randint(LEAST_TOKENS + 1, MOST)
+        budget = told(rng.uniform(0, 1), rng.choice((0.0, rng.uniform(0, 0.01))), most)
+        prompts, decoding = [rng.randint(1, 500) for _ in range(rng.randint(0, 20))], rng.randint(0, 64)
+        tokens = budget.tokens(prompts, decoding)
+        assert min(LEAST_TOKENS + decoding, most) <= tokens <= most
+
+
+def test_the_scheduler_asks_it() -> None:
+    scheduler = Scheduler(
+        BlockManager(1000, 16), max_tokens=MOST, max_sequences=64, max_model_len=4096, max_waiting=100
+    )
+    for number in range(32):
+        request = Submit(f"r{number}", tuple(range(200)), 10, Sampling(seed=1))
+        scheduler.add(request, b"router:1", 0.0)
+    plan = scheduler.plan()
+    assert plan.num_tokens == plan.num_prompt == 640
+    scheduler.commit(plan.chunks, [7 for chunk in plan.chunks if chunk.sample])
+    plan = scheduler.plan()  # three decode now
+    assert [chunk.num_tokens for chunk in plan.chunks[:4]] == [1, 1, 1, LEAST_TOKENS]
+    assert plan.num_prompt == LEAST_TOKENS
+    assert scheduler.plan(decode_only=True).num_tokens == 3
