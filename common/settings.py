@@ -242,6 +242,11 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         bool,
         _is("Let the rank of device `host:i` run on core i only (modulo their number), as on a slice of the machine"),
     ] = False
+    threads_max: Annotated[
+        int,
+        Meta(ge=1, le=64),
+        _is("Most threads that a rank computes with on CPUs; it takes no more than its share of the machine's cores"),
+    ] = 64
     captured_graphs: Annotated[
         bool,
         _is("Let ranks queue a decode step's sections as captured graphs, where `compute` can (`triton`)"),

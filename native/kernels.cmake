@@ -35,9 +35,12 @@ endforeach()
 
 # Everything but the bindings, as elasticmoe_native is: tests, sanitizers and benchmarks link it.
 add_library(elasticmoe_kernels STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/src/kernels/crew.cpp
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/dispatch.cpp
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/oracle.cpp
   ${CMAKE_CURRENT_LIST_DIR}/src/kernels/sampling.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/src/kernels/shared.cpp
   ${ELASTICMOE_KERNEL_OBJECTS})
 target_include_directories(elasticmoe_kernels PUBLIC ${CMAKE_CURRENT_LIST_DIR}/src)
+target_link_libraries(elasticmoe_kernels PUBLIC Threads::Threads)
 target_compile_options(elasticmoe_kernels PRIVATE ${ELASTICMOE_WARNINGS})

@@ -1,11 +1,15 @@
-"""CPU kernels: a decoder with experts on one thread. Activations are float32; weights and KV float32 or bfloat16.
+"""CPU kernels: a decoder with experts. Activations are float32; weights and KV float32 or bfloat16.
 
 Addresses are plain integers of this process, of contiguous row-major memory that the caller owns and keeps mapped during the
 call; outputs may not overlap inputs unless said otherwise. Sizes are in elements. The GIL is released. Bad arguments raise
 ``ValueError`` before anything is written; scratch memory that cannot be had raises ``MemoryError``.
 
 **Reproducible.** A row's result depends on its own input and weights alone, bit by bit: not on how many rows are computed with
-it, nor on how a prompt was cut into chunks. It does depend on the instruction set.
+it, nor on how a prompt was cut into chunks, nor on how many threads compute. It does depend on the instruction set.
+
+**Threads.** Products, experts and attention that are large enough are shared among ``threads()`` threads: the calling one, and
+helpers that look for work for 50 µs after the last they found and sleep then. Another thread that calls meanwhile computes
+alone. A child of a fork has no helpers.
 
 Shape suffixes: N rows of a step, H hidden, Q query heads, G kv heads, D head_dim, E experts, K experts per token, R rows for
 experts, I expert width, V vocabulary; P planes and W width of the KV cache (W is D, or a latent's rank and the shared key's
@@ -26,6 +30,14 @@ def use_instruction_set(name: str) -> None:
     """Use another of ``instruction_sets()`` from now on, in the whole process: machines that must agree bit by bit use the same.
 
     ``ValueError`` for any other name."""
+
+def threads() -> int:
+    """How many threads compute; 1 at first."""
+
+def use_threads(count: int) -> None:
+    """Let so many threads compute from now on, in the whole process: 1 to 64. Waits for what is computed now.
+
+    ``ValueError`` for another number, ``RuntimeError`` where a thread cannot be started; then nothing has changed."""
 
 class KvView:
     """The mapped blocks of a KV cache: block b at ``base_addr + b × block_stride`` bytes is [layers, P, G, block_size, W].

@@ -8,6 +8,8 @@
 #include <string>
 
 #include "kernels/api.h"
+#include "kernels/crew.h"
+#include "kernels/shared.h"
 #include "testing.h"
 
 using namespace elasticmoe::kernels;
@@ -92,8 +94,8 @@ std::vector<float> attend(const Kernels& set, const Form& form, Dtype dtype, int
 }
 
 // out[row, col] += x[row] · w[col] in double, and what its rounding to float32 may come to.
-void check_product(const std::vector<float>& x, const std::vector<uint16_t>& w, int64_t rows, int64_t cols, int64_t depth,
-                   float before, const std::vector<float>& out) {
+void check_product(const std::vector<float>& x, const std::vector<uint16_t>& w, int64_t rows, int64_t cols,
+                   int64_t depth, float before, const std::vector<float>& out) {
   for (int64_t row = 0; row < rows; ++row) {
     for (int64_t col = 0; col < cols; ++col) {
       double sum = before, size = std::fabs(before);
@@ -182,7 +184,8 @@ TEST(experts_stay_within_their_memory_and_do_not_depend_on_other_rows) {
   constexpr int64_t kHidden = 72, kWidth = 24, kExperts = 4;
   const std::vector<int32_t> counts{0, 3, 1, 90};
   const std::vector<float> rows = floats(94 * kHidden, 1), gate = floats(kHidden, 2);
-  const std::vector<float> w13 = floats(kExperts * 2 * kWidth * kHidden, 3), w2 = floats(kExperts * kHidden * kWidth, 4);
+  const std::vector<float> w13 = floats(kExperts * 2 * kWidth * kHidden, 3),
+                           w2 = floats(kExperts * kHidden * kWidth, 4);
   const std::vector<uint16_t> narrow13 = halves(w13), narrow2 = halves(w2);
   std::vector<float> before;
   for (const Kernels* set : all_sets()) {
@@ -199,6 +202,106 @@ TEST(experts_stay_within_their_memory_and_do_not_depend_on_other_rows) {
     CHECK(run({0, 0, 0, 7}, 50, 7, gate.data()) == part_of(all, 50 * kHidden, 7 * kHidden));
     if (before.empty()) before = all;
     for (size_t i = 0; i < all.size(); ++i) CHECK(std::fabs(all[i] - before[i]) <= 1e-4f);
+  }
+}
+
+TEST(threads_change_no_bit_of_products_and_experts) {
+  constexpr int64_t kHidden = 512, kWidth = 256, kCols = 900;
+  const std::vector<uint16_t> w = halves(floats(kCols * kHidden, 2));
+  const std::vector<float> x = floats(300 * kHidden, 1), bias = floats(kCols, 3), gate = floats(kHidden, 4);
+  const std::vector<uint16_t> w13 = halves(floats(9 * 2 * kWidth * kHidden, 5));
+  const std::vector<uint16_t> w2 = halves(floats(9 * kHidden * kWidth, 6));
+  const auto linear = [&](int64_t rows) {
+    std::vector<float> out(static_cast<size_t>(rows * kCols), 1);
+    shared::linear({x.data(), rows, w.data(), Dtype::kBfloat16, kCols, kHidden, out.data(), true,
+                    rows == 7 ? bias.data() : nullptr});
+    return out;
+  };
+  const auto experts = [&](const std::vector<int32_t>& counts, const float* gated) {
+    int64_t rows = 0;
+    for (const int32_t count : counts) rows += count;
+    std::vector<float> out = part_of(x, 0, rows * kHidden);  // in its place, as ranks do
+    shared::experts({out.data(), counts.data(), static_cast<int64_t>(counts.size()),
+                     reinterpret_cast<const char*>(w13.data()), 2 * kWidth * kHidden * 2,
+                     reinterpret_cast<const char*>(w2.data()), kHidden * kWidth * 2, Dtype::kBfloat16, kHidden, kWidth,
+                     gated, out.data(), false});
+    return out;
+  };
+  const std::vector<std::vector<int32_t>> loads{
+      {1}, {0, 1, 0, 1, 1}, {2, 0, 5, 1, 1, 3, 1, 0, 9}, {100, 0, 0, 0, 1, 100}, {30, 30, 30, 30, 30, 30, 30, 30, 30}};
+  const auto all = [&] {
+    std::vector<std::vector<float>> results;
+    for (const int64_t rows : {1, 7, 100}) results.push_back(linear(rows));
+    for (const std::vector<int32_t>& counts : loads) results.push_back(experts(counts, nullptr));
+    results.push_back(experts({40}, gate.data()));
+    return results;
+  };
+  const std::vector<std::vector<float>> alone = all();
+  for (const int64_t threads : {2, 3, 7}) {
+    set_threads(threads);
+    CHECK(all() == alone);
+    set_threads(1);
+  }
+}
+
+TEST(threads_change_no_bit_of_attention) {
+  constexpr int64_t kHeads = 4, kQueries = 8, kDim = 64, kSize = 16, kLatent = 160, kTurned = 32;
+  struct Load {
+    std::vector<int32_t> rows, lens;
+  };
+  const std::vector<Load> loads{
+      {{1}, {900}}, {{1, 1, 1, 1, 1}, {300, 900, 17, 500, 640}}, {{200, 1, 1}, {260, 700, 1}}};
+  for (const Load& load : loads) {
+    std::vector<int32_t> row_starts{0}, block_starts{0}, blocks;
+    for (size_t i = 0; i < load.rows.size(); ++i) {
+      row_starts.push_back(row_starts.back() + load.rows[i]);
+      for (int64_t block = 0; block * kSize < load.lens[i]; ++block)
+        blocks.push_back(static_cast<int32_t>(blocks.size()));
+      block_starts.push_back(static_cast<int32_t>(blocks.size()));
+    }
+    const int64_t rows = row_starts.back(), num_blocks = static_cast<int64_t>(blocks.size());
+    const Parts parts{static_cast<int64_t>(load.rows.size()), row_starts.data(), load.lens.data(), block_starts.data(),
+                      blocks.data()};
+    std::vector<uint16_t> memory = halves(floats(num_blocks * 2 * kHeads * kSize * kDim, 1));
+    const KvCache cache{reinterpret_cast<char*>(memory.data()),
+                        num_blocks,
+                        2 * kHeads * kSize * kDim * 2,
+                        1,
+                        2,
+                        kHeads,
+                        kSize,
+                        kDim,
+                        Dtype::kBfloat16};
+    const std::vector<float> qkv = floats(rows * (kQueries + 2 * kHeads) * kDim, 2);
+    std::vector<uint16_t> latents = halves(floats(num_blocks * kSize * kLatent, 3));
+    const KvCache latent_cache{reinterpret_cast<char*>(latents.data()),
+                               num_blocks,
+                               kSize * kLatent * 2,
+                               1,
+                               1,
+                               1,
+                               kSize,
+                               kLatent,
+                               Dtype::kBfloat16};
+    const int64_t rank = kLatent - kTurned;
+    const std::vector<float> q = floats(rows * kQueries * (24 + kTurned), 4);
+    const std::vector<uint16_t> kv_b = halves(floats(kQueries * (24 + 20) * rank, 5));
+    const auto all = [&] {
+      std::vector<float> out(static_cast<size_t>(rows * kQueries * kDim)),
+          other(static_cast<size_t>(rows * kQueries * 20));
+      shared::attention({cache, parts, 0, qkv.data(), kQueries, 0.2f, out.data()});
+      shared::latent_attention(
+          {latent_cache, parts, 0, q.data(), kQueries, 24, 20, rank, kv_b.data(), 0.3f, other.data()});
+      out.insert(out.end(), other.begin(), other.end());
+      return out;
+    };
+    const std::vector<float> alone = all();
+    for (const float value : alone) CHECK(std::isfinite(value));
+    for (const int64_t threads : {2, 3, 7}) {
+      set_threads(threads);
+      CHECK(all() == alone);
+      set_threads(1);
+    }
   }
 }
 
@@ -224,8 +327,8 @@ TEST(routers_stay_within_their_memory) {
         const std::vector<float> x = floats(3 * 20, 1), gate = floats(experts * 20, 2), bias = floats(experts, 3);
         std::vector<int32_t> ids(static_cast<size_t>(3 * top), -1);
         std::vector<float> weights(ids.size(), NAN);
-        set->router({x.data(), 3, 20, gate.data(), bias.data(), experts, top, scoring, groups, groups == 1 ? 1 : 2, true,
-                     2.5f, ids.data(), weights.data()});
+        set->router({x.data(), 3, 20, gate.data(), bias.data(), experts, top, scoring, groups, groups == 1 ? 1 : 2,
+                     true, 2.5f, ids.data(), weights.data()});
         for (const int32_t id : ids) CHECK(id >= 0 && id < experts);
         for (const float weight : weights) CHECK(std::isfinite(weight));
       }

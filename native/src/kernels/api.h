@@ -1,5 +1,5 @@
 // CPU kernels of a decoder with experts. Documentation: kernels.pyi. Activations are float32, weights and KV float32 or
-// bfloat16. Everything here takes checked arguments and runs on one thread.
+// bfloat16. Everything here takes checked arguments.
 #pragma once
 
 #include <cstdint>
@@ -64,7 +64,9 @@ struct Linear {
   int64_t depth;
   float* out;
   bool add;
-  const float* bias;  // [num_cols]; may be null
+  const float* bias;       // [num_cols]; may be null
+  int64_t x_stride = 0;    // floats from row to row; 0: depth
+  int64_t out_stride = 0;  // likewise; 0: num_cols
 };
 
 struct Norm {
@@ -106,7 +108,9 @@ struct Attention {
   const float* qkv;
   int64_t q_heads;
   float scale;
-  float* out;  // [rows, q_heads * width]
+  float* out;              // [rows, q_heads * width]
+  int64_t first_head = 0;  // of the cache's
+  int64_t end_head = 0;    // 0: all
 };
 
 struct StoreLatent {
@@ -155,6 +159,8 @@ struct Router {
   float* weights;
 };
 
+inline constexpr int64_t kExpertRows = 384;  // of an expert are computed at once, which bounds the scratch memory
+
 struct Experts {
   const float* rows;
   const int32_t* counts;
@@ -171,7 +177,17 @@ struct Experts {
   bool add;           // to out
 };
 
-// One instruction set's kernels.
+// What experts do between their two products: silu of the first half of each row of `wide`, times the second half.
+struct Activate {
+  float* wide;  // [num_rows, 2 * width]; the result is in the first halves
+  int64_t num_rows;
+  int64_t width;
+  const float* rows;  // [num_rows, hidden]
+  int64_t hidden;
+  const float* gate;  // see Experts
+};
+
+// One instruction set's kernels. Each computes on the calling thread; shared.h has several threads compute.
 struct Kernels {
   const char* name;
   void (*linear)(const Linear&);
@@ -182,6 +198,7 @@ struct Kernels {
   void (*latent_attention)(const LatentAttention&);
   void (*router)(const Router&);
   void (*experts)(const Experts&);
+  void (*activate)(const Activate&);
   void (*embed)(const Embed&);
   // Weights of a softmax before division by their sum: e^((x - peak) * factor), 0 where x is -inf.
   void (*exponentials)(const float* x, int64_t count, float peak, float factor, float* out);
@@ -204,7 +221,7 @@ const Built& built_kernels();
 
 // Memory of the calling thread that lasts until its next call for the same purpose. Aligned to 64 bytes. Throws
 // std::bad_alloc.
-enum class Scratch { kPacked, kWide, kPackedWide, kScores, kSums, kTurned, kTiles, kCopy, kCount };
+enum class Scratch { kPacked, kWide, kPackedWide, kScores, kSums, kTurned, kTiles, kCopy, kShared, kCount };
 float* scratch(Scratch purpose, int64_t count);
 
 }  // namespace elasticmoe::kernels

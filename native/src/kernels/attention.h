@@ -248,7 +248,7 @@ void attention_as(const Attention& a) {
   for (int64_t part = 0; part < a.parts.num_parts; ++part) {
     const int64_t begin = a.parts.row_starts[part], end = a.parts.row_starts[part + 1];
     const int64_t first_position = a.parts.first_position(part);
-    for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t h = a.first_head; h < (a.end_head == 0 ? heads : a.end_head); ++h) {
       const HeadCache<T> head{cache, a.parts.blocks + a.parts.block_starts[part], cache.offset(a.layer, 0, h),
                               cache.offset(a.layer, 1, h)};
       for (int64_t row = begin; row < end; row += queries) {

@@ -1,4 +1,4 @@
-// native.kernels. Documentation: kernels.pyi.
+// native.kernels. Documentation: kernels.pyi. Longer than 400 lines, so that all arguments are checked in one place.
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -9,8 +9,10 @@
 
 #include "bindings/common.h"
 #include "kernels/api.h"
+#include "kernels/crew.h"
 #include "kernels/oracle.h"
 #include "kernels/sampling.h"
+#include "kernels/shared.h"
 
 namespace elasticmoe::kernels {
 namespace {
@@ -139,9 +141,9 @@ void linear(int64_t x, int64_t num_rows, int64_t w, int64_t dtype_code, int64_t 
   number("num_rows", num_rows, 0);
   number("num_cols", num_cols, 1);
   number("depth", depth, 1);
-  kernels().linear({memory<const float>("x", x, num_rows * depth), num_rows, stored("w", w, num_cols * depth, dtype),
-                    dtype, num_cols, depth, memory<float>("out", out, num_rows * num_cols), accumulate,
-                    optional_memory<const float>("bias", bias, num_cols)});
+  shared::linear({memory<const float>("x", x, num_rows * depth), num_rows, stored("w", w, num_cols * depth, dtype),
+                  dtype, num_cols, depth, memory<float>("out", out, num_rows * num_cols), accumulate,
+                  optional_memory<const float>("bias", bias, num_cols)});
 }
 
 void rms_norm(int64_t x, int64_t delta, int64_t rows, int64_t num_rows, int64_t hidden, int64_t weight, double eps,
@@ -190,9 +192,9 @@ void store(const CheckedParts& parts, int64_t layer, int64_t qkv, int64_t q_head
 }
 
 void attend(const CheckedParts& parts, int64_t layer, int64_t qkv, int64_t q_heads, double scale, int64_t out) {
-  kernels().attention({parts.cache, parts.parts, layer_of(parts, layer),
-                       memory<const float>("qkv", qkv, qkv_count(parts, q_heads)), q_heads, static_cast<float>(scale),
-                       memory<float>("out", out, parts.num_rows * q_heads * parts.cache.width)});
+  shared::attention({parts.cache, parts.parts, layer_of(parts, layer),
+                     memory<const float>("qkv", qkv, qkv_count(parts, q_heads)), q_heads, static_cast<float>(scale),
+                     memory<float>("out", out, parts.num_rows * q_heads * parts.cache.width)});
 }
 
 // The rank of the latents in the cache, beside shared keys of `rope_dims`.
@@ -223,7 +225,7 @@ void attend_latent(const CheckedParts& parts, int64_t layer, int64_t q, int64_t 
   number("q_heads", q_heads, 1);
   number("nope_dim", nope_dim, 1);
   number("v_dim", v_dim, 1);
-  kernels().latent_attention(
+  shared::latent_attention(
       {parts.cache, parts.parts, layer_of(parts, layer),
        memory<const float>("q", q, elements({parts.num_rows, q_heads, nope_dim + rope_dims})), q_heads, nope_dim, v_dim,
        rank, stored("kv_b", kv_b, elements({q_heads, nope_dim + v_dim, rank}), dtype), static_cast<float>(scale),
@@ -268,10 +270,10 @@ void run_experts(int64_t rows, int64_t num_rows, int64_t counts, int64_t num_exp
   const int64_t align = element_bytes(dtype);
   require(natural("w13_stride", w13_stride) % static_cast<uint64_t>(align) == 0, "w13_stride splits an element");
   require(natural("w2_stride", w2_stride) % static_cast<uint64_t>(align) == 0, "w2_stride splits an element");
-  kernels().experts({memory<const float>("rows", rows, num_rows * hidden), each, num_experts,
-                     static_cast<const char*>(stored("w13", w13, 2 * width * hidden, dtype)), w13_stride,
-                     static_cast<const char*>(stored("w2", w2, hidden * width, dtype)), w2_stride, dtype, hidden, width,
-                     nullptr, memory<float>("out", out, num_rows * hidden), false});
+  shared::experts({memory<const float>("rows", rows, num_rows * hidden), each, num_experts,
+                   static_cast<const char*>(stored("w13", w13, 2 * width * hidden, dtype)), w13_stride,
+                   static_cast<const char*>(stored("w2", w2, hidden * width, dtype)), w2_stride, dtype, hidden, width,
+                   nullptr, memory<float>("out", out, num_rows * hidden), false});
 }
 
 void run_shared_experts(int64_t x, int64_t num_rows, int64_t w13, int64_t w2, int64_t dtype_code, int64_t hidden,
@@ -280,11 +282,11 @@ void run_shared_experts(int64_t x, int64_t num_rows, int64_t w13, int64_t w2, in
   const int32_t count = natural<int32_t>("num_rows", num_rows);
   number("hidden", hidden, 1);
   number("width", width, 1);
-  kernels().experts({memory<const float>("x", x, num_rows * hidden), &count, 1,
-                     static_cast<const char*>(stored("w13", w13, 2 * width * hidden, dtype)), 0,
-                     static_cast<const char*>(stored("w2", w2, hidden * width, dtype)), 0, dtype, hidden, width,
-                     optional_memory<const float>("gate", gate, hidden), memory<float>("out", out, num_rows * hidden),
-                     true});
+  shared::experts({memory<const float>("x", x, num_rows * hidden), &count, 1,
+                   static_cast<const char*>(stored("w13", w13, 2 * width * hidden, dtype)), 0,
+                   static_cast<const char*>(stored("w2", w2, hidden * width, dtype)), 0, dtype, hidden, width,
+                   optional_memory<const float>("gate", gate, hidden), memory<float>("out", out, num_rows * hidden),
+                   true});
 }
 
 void mix(const CheckedParts& parts, int64_t layer, int64_t kv, int64_t modulus, int64_t base, int64_t out) {
@@ -331,6 +333,11 @@ void select_instruction_set(const std::string& name) {
   if (!use_instruction_set(name)) invalid("instruction set " + name + " is not built or cannot run here");
 }
 
+void use_threads(int64_t count) {
+  require_range("count", natural("count", count), 1, static_cast<uint64_t>(kMostThreads));
+  set_threads(count);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (int64_t i = 0; i < built_kernels().count; ++i) names.emplace_back(built_kernels().sets[i]->name);
@@ -347,6 +354,8 @@ NB_MODULE(kernels, m) {
   m.attr("SIGMOID") = static_cast<int64_t>(Scoring::kSigmoid);
   m.def("instruction_sets", &instruction_sets);
   m.def("use_instruction_set", &select_instruction_set, nb::arg("name"));
+  m.def("threads", &num_threads);
+  m.def("use_threads", &use_threads, released(), nb::arg("count"));
 
   nb::class_<KvCache>(m, "KvView")
       .def("__init__", &init_cache, nb::arg("base_addr"), nb::arg("num_blocks"), nb::arg("block_stride"),

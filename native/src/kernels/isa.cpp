@@ -23,6 +23,7 @@ const Kernels kKernels = {
     latent_attention,
     router,
     experts,
+    activate,
     embed,
     exponentials,
     greatest,

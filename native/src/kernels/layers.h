@@ -11,14 +11,15 @@ namespace elasticmoe::kernels::ELASTICMOE_ISA {
 template <typename T>
 void linear_as(const Linear& a) {
   float* packed = scratch(Scratch::kPacked, operand_floats<T>(a.num_rows, a.depth));
-  make_operand<T>(a.x, a.depth, a.num_rows, a.depth, packed);
+  const int64_t out_stride = a.out_stride == 0 ? a.num_cols : a.out_stride;
+  make_operand<T>(a.x, a.x_stride == 0 ? a.depth : a.x_stride, a.num_rows, a.depth, packed);
   if (a.bias != nullptr) {
     for (int64_t row = 0; row < a.num_rows; ++row) {
-      float* out = a.out + row * a.num_cols;
+      float* out = a.out + row * out_stride;
       for (int64_t i = 0; i < a.num_cols; ++i) out[i] = a.add ? out[i] + a.bias[i] : a.bias[i];
     }
   }
-  product<T>(packed, a.num_rows, static_cast<const typename T::Element*>(a.w), a.num_cols, a.depth, a.out, a.num_cols,
+  product<T>(packed, a.num_rows, static_cast<const typename T::Element*>(a.w), a.num_cols, a.depth, a.out, out_stride,
              a.add || a.bias != nullptr);
 }
 
@@ -76,13 +77,24 @@ inline float sigmoid(float x) {
   return 1.0f / (exp(splat(-x))[0] + 1.0f);
 }
 
-inline constexpr int64_t kExpertRows = 384;  // computed at once; bounds the scratch memory
+inline void activate(const Activate& a) {
+  float* gates = a.gate == nullptr ? nullptr : scratch(Scratch::kScores, a.num_rows);
+  if (a.gate != nullptr) {
+    linear({a.rows, a.num_rows, a.gate, Dtype::kFloat32, 1, a.hidden, gates, false, nullptr});
+  }
+  for (int64_t row = 0; row < a.num_rows; ++row) {
+    float* gate = a.wide + row * 2 * a.width;
+    silu_product(gate, gate + a.width, a.width, gate);
+    if (a.gate == nullptr) continue;
+    const float share = sigmoid(gates[row]);
+    for (int64_t i = 0; i < a.width; ++i) gate[i] *= share;
+  }
+}
 
 template <typename T>
 void experts_as(const Experts& a) {
   using Element = typename T::Element;
   const int64_t most = a.num_experts == 0 ? 0 : kExpertRows;
-  float* gates = a.gate == nullptr ? nullptr : scratch(Scratch::kScores, most);
   float* wide = scratch(Scratch::kWide, most * 2 * a.width);
   float* packed_wide = scratch(Scratch::kPackedWide, operand_floats<T>(most, a.width));
   const float* rows = a.rows;
@@ -92,19 +104,10 @@ void experts_as(const Experts& a) {
     const Element* w2 = reinterpret_cast<const Element*>(a.w2 + expert * a.w2_stride);
     for (int64_t left = a.counts[expert]; left > 0;) {
       const int64_t count = left < kExpertRows ? left : kExpertRows;
-      if (a.gate != nullptr) {
-        linear({rows, count, a.gate, Dtype::kFloat32, 1, a.hidden, gates, false, nullptr});
-      }
       float* packed = scratch(Scratch::kPacked, operand_floats<T>(count, a.hidden));
       make_operand<T>(rows, a.hidden, count, a.hidden, packed);
       product<T>(packed, count, w13, 2 * a.width, a.hidden, wide, 2 * a.width, false);
-      for (int64_t row = 0; row < count; ++row) {
-        float* gate = wide + row * 2 * a.width;
-        silu_product(gate, gate + a.width, a.width, gate);
-        if (a.gate == nullptr) continue;
-        const float share = sigmoid(gates[row]);
-        for (int64_t i = 0; i < a.width; ++i) gate[i] *= share;
-      }
+      activate({wide, count, a.width, rows, a.hidden, a.gate});
       make_operand<T>(wide, 2 * a.width, count, a.width, packed_wide);
       product<T>(packed_wide, count, w2, a.hidden, a.width, out, a.hidden, a.add);
       rows += count * a.hidden;

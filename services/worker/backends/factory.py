@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -29,10 +30,24 @@ def _open_triton(tell_waiting: TellWaiting, device: torch.device, graphs: bool) 
     return AcceleratorBackend(TritonKernels(device), tell_waiting, device, recorder)
 
 
-BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device, bool], ComputeBackend]] = {
-    "host": lambda tell_waiting, device, _: HostBackend(tell_waiting, device),
+def _open_host(tell_waiting: TellWaiting, device: torch.device, threads_max: int) -> ComputeBackend:
+    backend = HostBackend(tell_waiting, device)
+    backend.threads_max = threads_max
+    return backend
+
+
+class BackendOptions(NamedTuple):
+    """`graphs`: steps may be captured, where that can be done. `threads_max`: how many threads of the host one rank may
+    compute on, where the backend can."""
+
+    graphs: bool = True
+    threads_max: int = 1
+
+
+BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device, BackendOptions], ComputeBackend]] = {
+    "host": lambda tell_waiting, device, options: _open_host(tell_waiting, device, options.threads_max),
     "torch": lambda tell_waiting, device, _: TorchBackend(tell_waiting, device),
-    "triton": _open_triton,
+    "triton": lambda tell_waiting, device, options: _open_triton(tell_waiting, device, options.graphs),
     "torch_npu": lambda tell_waiting, device, _: AcceleratorBackend(NpuKernels(device), tell_waiting, device),
 }
 
@@ -41,11 +56,9 @@ def open_backend(
     name: Compute,
     tell_waiting: TellWaiting = None,
     device: torch.device = torch.device("cpu"),
-    *,
-    graphs: bool = True,
+    options: BackendOptions = BackendOptions(),
 ) -> ComputeBackend:
     """A backend for one rank. `device`: where its memory's tensors are, as the rank's Device says; which backends
-    compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. `graphs`: steps may
-    be captured, where that can be done. Raises ConfigError no_compute where a package, or an operator of one, is
-    missing that it needs."""
-    return BACKENDS[name](tell_waiting, device, graphs)
+    compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. Raises ConfigError
+    no_compute where a package, or an operator of one, is missing that it needs."""
+    return BACKENDS[name](tell_waiting, device, options)

@@ -14,7 +14,7 @@ from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.rank import CODEC
 from elasticmoe.common.protocol.scaler import RankReady
 from elasticmoe.common.transport import Sockets
-from elasticmoe.services.worker.backends.factory import open_backend
+from elasticmoe.services.worker.backends.factory import BackendOptions, open_backend
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.exchange.barrier import StepBarrier
 from elasticmoe.services.worker.exchange.base import Exchange
@@ -53,7 +53,9 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     max_tokens = min(seat.max_tokens, memory.bus.max_tokens)
     torch_device = memory.device.open_torch()
-    backend = open_backend(seat.compute, barrier.tell_waiting, torch_device, graphs=config.captured_graphs)
+    backend = open_backend(
+        seat.compute, barrier.tell_waiting, torch_device, BackendOptions(config.captured_graphs, config.threads_max)
+    )
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
     board = ReplicaBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
     model = build_model(backend, memory.weights, max_tokens)
@@ -72,6 +74,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         revision=memory.revision,
         barrier=barrier,
         exchange=exchange,
+        share_machine=backend.share_machine,
         attach_ms=(attached - started) * 1e3,
         build_ms=(clock.monotonic() - attached) * 1e3,
     )

@@ -126,7 +126,7 @@ class Rank(SeatLoop):
         self._barrier.count_progress()
         self._change_memory()
         lockstep = self._lockstep
-        if lockstep.sync():
+        if self._sync():
             self._migration.ask_again()
             if lockstep.has_come_in:
                 self._welcome.begin()

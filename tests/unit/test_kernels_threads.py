@@ -1,0 +1,112 @@
+"""Several threads compute what one does, to the bit; and how many of them a rank takes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from elasticmoe.native import kernels
+from elasticmoe.services.worker.backends import host
+from elasticmoe.services.worker.backends.factory import BackendOptions, open_backend
+from tests.unit.kernel_memory import BY_DTYPE, DTYPES, random
+
+pytestmark = pytest.mark.usefixtures("instruction_set")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_again() -> Iterator[None]:
+    yield
+    kernels.use_threads(1)
+
+
+def linear(x_NH: torch.Tensor, w_WH: torch.Tensor) -> torch.Tensor:
+    (rows, depth), width = x_NH.shape, w_WH.shape[0]
+    out = torch.full((rows, width), float("nan"))
+    kernels.linear(x_NH.data_ptr(), rows, w_WH.data_ptr(), DTYPES[w_WH.dtype], width, depth, out.data_ptr(), False, 0)
+    return out
+
+
+def experts(rows_RH: torch.Tensor, counts: list[int], w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+    (hidden, width), each = w2.shape[1:], array("i", counts)
+    out = rows_RH.clone()
+    kernels.experts(
+        out.data_ptr(),
+        len(out),
+        each.buffer_info()[0],
+        len(counts),
+        w13.data_ptr(),
+        w13.stride(0) * w13.element_size(),
+        w2.data_ptr(),
+        w2.stride(0) * w2.element_size(),
+        DTYPES[w13.dtype],
+        hidden,
+        width,
+        out.data_ptr(),
+    )
+    return out
+
+
+@BY_DTYPE
+def test_products_and_experts_are_the_same_by_any_number_of_threads(dtype: torch.dtype) -> None:
+    w_WH, x_NH = random(1000, 512, seed=1).to(dtype), random(60, 512)
+    w13, w2 = random(6, 2 * 192, 512, seed=2).to(dtype), random(6, 512, 192, seed=3).to(dtype)
+    loads = [[1, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0], [10, 10, 10, 10, 10, 10], [0, 55, 0, 0, 5, 0]]
+
+    def all_of_them() -> list[torch.Tensor]:
+        return [linear(x_NH[:rows], w_WH) for rows in (1, 5, 60)] + [
+            experts(x_NH[: sum(counts)], counts, w13, w2) for counts in loads
+        ]
+
+    alone = all_of_them()
+    for count in (2, 3, 8):
+        kernels.use_threads(count)
+        assert kernels.threads() == count
+        assert all(torch.equal(got, want) for got, want in zip(all_of_them(), alone, strict=True))
+
+
+@pytest.mark.parametrize("count", [0, -1, 65, 1 << 40])
+def test_numbers_out_of_range_are_refused(count: int) -> None:
+    with pytest.raises(ValueError, match="count"):
+        kernels.use_threads(count)
+    assert kernels.threads() == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "most", "threads"),
+    [
+        (2.0, 1, 64, 2),
+        (2.0, 2, 64, 1),
+        (16.0, 3, 64, 5),
+        (16.0, 1, 4, 4),
+        (0.5, 1, 64, 1),  # a quota of half a core
+        (2.0, 8, 64, 1),
+        (400.0, 1, 64, 64),
+    ],
+)
+def test_a_rank_computes_on_its_share_of_the_machine(
+    monkeypatch: pytest.MonkeyPatch, cores: float, ranks: int, most: int, threads: int
+) -> None:
+    monkeypatch.setattr(host, "usable_cores", lambda: cores)
+    open_backend("host", options=BackendOptions(threads_max=most)).share_machine(ranks)
+    assert kernels.threads() == threads
+
+
+def test_without_a_word_on_threads_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "usable_cores", lambda: 16.0)
+    open_backend("host").share_machine(1)
+    assert kernels.threads() == 1
+
+
+def test_a_thread_that_cannot_be_started_leaves_as_many_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "usable_cores", lambda: 16.0)
+
+    def refuse(_: int) -> None:
+        raise RuntimeError("a thread for kernels: Resource temporarily unavailable")
+
+    monkeypatch.setattr(kernels, "use_threads", refuse)
+    open_backend("host", options=BackendOptions(threads_max=64)).share_machine(1)
+    assert kernels.threads() == 1
+    monkeypatch.undo()
