@@ -174,7 +174,7 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
         int,
         Meta(ge=1, le=65_536),
         _is(
-            "Most tokens that a replica computes in one step; more than 128 where prompts gain and streams bear it",
+            "Most tokens that a replica computes in one step; beyond 128 how many a step has is chosen by what waits",
             "tokens",
         ),
     ] = 128
@@ -245,7 +245,7 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     threads_max: Annotated[
         int,
         Meta(ge=1, le=64),
-        _is("Most threads that a rank computes with on CPUs; it takes no more than its share of the machine's cores"),
+        _is("Most threads that a rank on `host` computes with; it takes the usable cores divided by `devices`"),
     ] = 64
     captured_graphs: Annotated[
         bool,

@@ -9,7 +9,7 @@ it, nor on how a prompt was cut into chunks, nor on how many threads compute. It
 
 **Threads.** Products, experts and attention that are large enough are shared among ``threads()`` threads: the calling one, and
 helpers that look for work for 50 µs after the last they found and sleep then. Another thread that calls meanwhile computes
-alone. A child of a fork has no helpers.
+alone. A child of a fork has no helpers. After ``MemoryError`` an output may be written in part.
 
 Shape suffixes: N rows of a step, H hidden, Q query heads, G kv heads, D head_dim, E experts, K experts per token, R rows for
 experts, I expert width, V vocabulary; P planes and W width of the KV cache (W is D, or a latent's rank and the shared key's

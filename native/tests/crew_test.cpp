@@ -82,7 +82,7 @@ TEST(an_item_may_share_work_itself) {
 
 TEST(an_item_that_finds_no_memory_is_told_when_all_are_done) {
   const OneThreadAgain after;
-  for (const int64_t threads : {2, 3}) {
+  for (const int64_t threads : {1, 2, 3}) {
     set_threads(threads);
     std::atomic<int> others{0};
     CHECK_THROWS(std::bad_alloc, share(20, [&](int64_t item) {
@@ -91,6 +91,15 @@ TEST(an_item_that_finds_no_memory_is_told_when_all_are_done) {
                  }));
     CHECK(others == 19);
     CHECK(do_all(9) == std::vector<int>(9, 1));
+  }
+}
+
+TEST(threads_that_slept_come_and_go) {
+  const OneThreadAgain after;
+  for (const int64_t threads : {4, 2, 4, 1, 3}) {
+    set_threads(threads);
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));  // longer than helpers look for work
+    for (int round = 0; round < 20; ++round) CHECK(do_all(50) == std::vector<int>(50, 1));
   }
 }
 

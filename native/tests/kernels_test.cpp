@@ -231,9 +231,19 @@ TEST(threads_change_no_bit_of_products_and_experts) {
       {1}, {0, 1, 0, 1, 1}, {2, 0, 5, 1, 1, 3, 1, 0, 9}, {100, 0, 0, 0, 1, 100}, {30, 30, 30, 30, 30, 30, 30, 30, 30}};
   const auto all = [&] {
     std::vector<std::vector<float>> results;
-    for (const int64_t rows : {1, 7, 100}) results.push_back(linear(rows));
+    for (const int64_t rows : {1, 7, 100, 300}) results.push_back(linear(rows));
     for (const std::vector<int32_t>& counts : loads) results.push_back(experts(counts, nullptr));
     results.push_back(experts({40}, gate.data()));
+    for (const int64_t rows :
+         {3, 500}) {  // a shared expert: more rows than are computed at once, added to what is there
+      const std::vector<float> many = floats(rows * kHidden, 7);
+      std::vector<float> out = floats(rows * kHidden, 8);
+      const int32_t count = static_cast<int32_t>(rows);
+      shared::experts({many.data(), &count, 1, reinterpret_cast<const char*>(w13.data()), 0,
+                       reinterpret_cast<const char*>(w2.data()), 0, Dtype::kBfloat16, kHidden, kWidth, gate.data(),
+                       out.data(), true});
+      results.push_back(out);
+    }
     return results;
   };
   const std::vector<std::vector<float>> alone = all();
@@ -317,6 +327,50 @@ TEST(latent_attention_stays_within_its_memory_and_does_not_depend_on_chunks) {
       }
     }
   }
+}
+
+TEST(latent_attention_over_many_tiles_of_keys_is_the_same_in_every_set) {
+  // Rows of whole steps, which tiles read where they lie, and others; DeepSeek's width; blocks smaller and larger than
+  // a tile.
+  const Form forms[] = {
+      {4, 16, 8, 128, 32, 16}, {3, 16, 8, 512, 64, 48}, {2, 8, 6, 140, 20, 16}, {20, 8, 6, 96, 64, 256}};
+  for (const Form& form : forms) {
+    std::vector<float> before;
+    for (const Kernels* set : all_sets()) {
+      const std::vector<float> whole = attend(*set, form, Dtype::kBfloat16, 400, 400);
+      if (before.empty()) before = whole;
+      for (size_t i = 0; i < whole.size(); ++i) {
+        CHECK(std::isfinite(whole[i]) && std::fabs(whole[i] - before[i]) <= 2e-4f * (1 + std::fabs(before[i])));
+      }
+      CHECK(attend(*set, form, Dtype::kBfloat16, 400, 130) == whole);
+    }
+  }
+}
+
+TEST(deep_products_are_exact_too) {  // of which tiles pack fewer rows at once
+  constexpr int64_t kRows = 47, kCols = 20, kDepth = 12'000;
+  const std::vector<float> x = floats(kRows * kDepth, 1);
+  const std::vector<uint16_t> w = halves(floats(kCols * kDepth, 2));
+  for (const Kernels* set : all_sets()) {
+    std::vector<float> out(static_cast<size_t>(kRows * kCols)), alone(static_cast<size_t>(kCols));
+    set->linear({x.data(), kRows, w.data(), Dtype::kBfloat16, kCols, kDepth, out.data(), false, nullptr});
+    check_product(x, w, kRows, kCols, kDepth, 0, out);
+    for (const int64_t row : {0, 21, 46}) {
+      set->linear(
+          {x.data() + row * kDepth, 1, w.data(), Dtype::kBfloat16, kCols, kDepth, alone.data(), false, nullptr});
+      CHECK(alone == part_of(out, row * kCols, kCols));
+    }
+  }
+}
+
+TEST(nothing_is_shared_where_there_are_no_rows) {
+  set_threads(2);
+  const std::vector<uint16_t> w = halves(floats(1024 * 512, 2));
+  shared::linear({nullptr, 0, w.data(), Dtype::kBfloat16, 1024, 512, nullptr, false, nullptr});
+  const int32_t none = 0;
+  shared::experts({nullptr, &none, 1, reinterpret_cast<const char*>(w.data()), 0,
+                   reinterpret_cast<const char*>(w.data()), 0, Dtype::kBfloat16, 512, 256, nullptr, nullptr, true});
+  set_threads(1);
 }
 
 TEST(routers_stay_within_their_memory) {

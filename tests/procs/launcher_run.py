@@ -44,7 +44,7 @@ class Run:
         assert self.process.stdout is not None
         return self.process.stdout
 
-    def read(self, until: str, timeout_s: float = 30.0) -> str:
+    def read(self, until: str, timeout_s: float = 90.0) -> str:
         """Read lines until one contains `until`."""
         deadline = time.monotonic() + timeout_s
         while (left := deadline - time.monotonic()) > 0:

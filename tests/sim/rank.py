@@ -370,7 +370,6 @@ class RankProcess(Actor):
             revision=self.mapping.revision,
             barrier=self.barrier,
             exchange=simulated.exchange,
-            share_machine=lambda _: None,
             attach_ms=1.0,
             build_ms=1.0,
         )

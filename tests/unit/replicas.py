@@ -127,7 +127,6 @@ class Replicas:
             revision=1,
             barrier=barrier,
             exchange=exchange,
-            share_machine=lambda _: None,
             attach_ms=0.0,
             build_ms=0.0,
         )

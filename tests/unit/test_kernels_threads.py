@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from elasticmoe.common.config import PoolConfig
 from elasticmoe.native import kernels
-from elasticmoe.services.worker.backends import host
 from elasticmoe.services.worker.backends.factory import BackendOptions, open_backend
+from elasticmoe.services.worker.rank import assembly
 from tests.unit.kernel_memory import BY_DTYPE, DTYPES, random
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
@@ -75,38 +76,37 @@ def test_numbers_out_of_range_are_refused(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "ranks", "most", "threads"),
+    ("cores", "devices", "most", "threads"),
     [
-        (2.0, 1, 64, 2),
-        (2.0, 2, 64, 1),
-        (16.0, 3, 64, 5),
-        (16.0, 1, 4, 4),
-        (0.5, 1, 64, 1),  # a quota of half a core
-        (2.0, 8, 64, 1),
-        (400.0, 1, 64, 64),
+        (2.0, "host:1", 64, 2),
+        (2.0, "host:2", 64, 1),
+        (16.0, "host:3", 64, 5),
+        (16.0, "host:1", 4, 4),
+        (0.5, "host:1", 64, 1),  # a quota of half a core
+        (2.0, "host:8", 64, 1),
+        (400.0, "host:1", 64, 64),
     ],
 )
-def test_a_rank_computes_on_its_share_of_the_machine(
-    monkeypatch: pytest.MonkeyPatch, cores: float, ranks: int, most: int, threads: int
+def test_a_rank_has_the_cores_of_one_device(
+    monkeypatch: pytest.MonkeyPatch, cores: float, devices: str, most: int, threads: int
 ) -> None:
-    monkeypatch.setattr(host, "usable_cores", lambda: cores)
-    open_backend("host", options=BackendOptions(threads_max=most)).share_machine(ranks)
-    assert kernels.threads() == threads
+    monkeypatch.setattr(assembly, "usable_cores", lambda: cores)
+    assert assembly._threads(PoolConfig(run_dir="/nonexistent", devices=devices, threads_max=most)) == threads
 
 
-def test_without_a_word_on_threads_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "usable_cores", lambda: 16.0)
-    open_backend("host").share_machine(1)
+def test_a_backend_has_the_threads_that_it_is_given() -> None:
+    open_backend("host", options=BackendOptions(threads=3))
+    assert kernels.threads() == 3
+    open_backend("host")
     assert kernels.threads() == 1
 
 
-def test_a_thread_that_cannot_be_started_leaves_as_many_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "usable_cores", lambda: 16.0)
-
+@pytest.mark.parametrize("error", [RuntimeError("Resource temporarily unavailable"), MemoryError()])
+def test_a_thread_that_cannot_be_started_is_done_without(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def refuse(_: int) -> None:
-        raise RuntimeError("a thread for kernels: Resource temporarily unavailable")
+        raise error
 
-    monkeypatch.setattr(kernels, "use_threads", refuse)
-    open_backend("host", options=BackendOptions(threads_max=64)).share_machine(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(kernels, "use_threads", refuse)
+        assert open_backend("host", options=BackendOptions(threads=4)).name == "host"
     assert kernels.threads() == 1
-    monkeypatch.undo()

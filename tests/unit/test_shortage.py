@@ -19,6 +19,7 @@ from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.services.worker.backends.base import Mirror
 from elasticmoe.services.worker.engine import engine as engine_module
+from elasticmoe.services.worker.engine.budget import StepBudget
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.outcome import Outcome
 from elasticmoe.services.worker.engine.plan import Chunk, StepPlan
@@ -207,7 +208,8 @@ def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room(
         pass
 
     trials = SimpleNamespace(begin=nothing, end=nothing, drop=nothing)
-    engine: Any = SimpleNamespace(compute=compute, fail=fail, trials=trials, commit=nothing)
+    scheduler = SimpleNamespace(budget=StepBudget(16))
+    engine: Any = SimpleNamespace(compute=compute, fail=fail, trials=trials, commit=nothing, scheduler=scheduler)
     exchange: Any = SimpleNamespace(is_awaited=False)
     lockstep: Any = PlayedLockstep()
     hmm: Any = None

@@ -12,11 +12,12 @@ from elasticmoe.services.worker.engine.scheduler import Scheduler
 MOST = 2048
 
 
-def told(fixed_s: float, token_s: float, most: int = MOST) -> StepBudget:
-    """One that knows what steps cost."""
+def told(fixed_s: float, token_s: float, most: int = MOST, num_replicas: int = 1) -> StepBudget:
+    """One that knows what steps cost, up to large ones."""
     budget = StepBudget(most)
-    budget.note(0, 1, fixed_s)
-    budget.note(LEAST_TOKENS, LEAST_TOKENS, fixed_s + token_s * LEAST_TOKENS)
+    budget.begin(num_replicas)
+    budget.note(0, 1, 1, fixed_s)
+    budget.note(MOST, MOST, MOST, fixed_s + token_s * MOST)
     return budget
 
 
@@ -65,29 +66,72 @@ def test_running_streams_bear_so_much_and_have_their_own_tokens_besides() -> Non
     assert told(2.0, 0.001).tokens([1000] * 50, 10) == LEAST_TOKENS + 10  # or none
 
 
+def test_streams_of_other_replicas_are_spared_too() -> None:
+    budget = told(0.1, 0.001, num_replicas=2)
+    assert budget.tokens([1000] * 50, 0) == MOST  # the last step was this one's alone
+    budget.note(0, 0, 3, 0.1)  # others run
+    assert budget.tokens([1000] * 50, 0) == (BEARABLE_S - 0.1) / 0.001 / 2  # and may have prompts as well
+    budget.note(0, 1, 1, 0.1)
+    assert budget.tokens([1000] * 50, 0) == MOST
+
+
 def test_what_is_not_known_yet_costs_streams_nothing() -> None:
     budget = StepBudget(MOST)
     assert budget.tokens([200] * 32, 1) == LEAST_TOKENS + 1
     assert budget.tokens([200] * 32, 0) == 640  # sqrt(6400 * FIXED_TOKENS)
     assert FIXED_TOKENS == 64
-    budget.note(200, 200, 5.0)  # says nothing without the fixed part
+    budget.note(200, 200, 200, 5.0)  # says nothing without the fixed part
     assert budget.tokens([200] * 32, 0) == 640
+
+
+def test_beside_streams_steps_grow_to_what_is_not_far_from_what_is_known() -> None:
+    budget = StepBudget(MOST)
+    budget.note(0, 1, 1, 0.01)
+    sizes, size = [], LEAST_TOKENS
+    for _ in range(5):
+        budget.note(size, size, size, 0.01 + 1e-6 * size)
+        size = budget.tokens([5000], 2)
+        sizes.append(size)
+    assert sizes == [258, 518, 1038, MOST, MOST]
+
+
+def test_a_step_that_waited_for_something_does_not_free_the_next_ones() -> None:
+    """The fixed part is known too high then, and what a token takes would be nothing."""
+    budget = StepBudget(MOST)
+    budget.note(0, 8, 8, 0.3)  # its pages came in
+    budget.note(128, 136, 136, 0.28)
+    assert budget.tokens([5000], 8) == LEAST_TOKENS + 8
+    for _ in range(8):
+        budget.note(0, 8, 8, 0.02)
+    budget.note(128, 136, 136, 0.28)
+    assert budget.tokens([5000], 8) < 300  # 2 ms each, half a second in all
 
 
 def test_steps_that_tell_nothing_change_nothing() -> None:
     budget, same = told(0.1, 0.001), told(0.1, 0.001)
-    budget.note(0, 0, 9.0)  # of others alone
-    budget.note(2, 30, 9.0)  # too few tokens of a prompt
+    budget.note(0, 30, 900, 9.0)  # others' prompts
+    budget.note(2, 30, 900, 9.0)  # too few tokens of a prompt
+    budget.note(0, 1, 1, 0.1)
+    same.note(0, 1, 1, 0.1)
     assert budget.tokens([1000] * 50, 1) == same.tokens([1000] * 50, 1)
 
 
-def test_what_is_free_or_slower_than_nothing_is_no_division_by_zero() -> None:
-    budget = StepBudget(MOST)
-    budget.note(0, 1, 0.5)
-    budget.note(LEAST_TOKENS, LEAST_TOKENS, 0.1)  # faster than the fixed part: noise
-    assert budget.tokens([1000] * 50, 0) == MOST
-    assert budget.tokens([1000] * 50, 3) == LEAST_TOKENS + 3  # at its bound already
-    assert told(0.0, 0.0).tokens([1000] * 50, 3) == 1003  # nothing is gained beyond the first prompt
+def test_another_number_of_replicas_is_learned_anew() -> None:
+    budget = told(0.1, 0.0001)
+    budget.begin(2)
+    assert budget.tokens([1000] * 50, 3) == LEAST_TOKENS + 3
+
+
+def test_after_a_shortage_steps_are_smaller_until_the_ranks_change() -> None:
+    budget = told(0.1, 0.0)
+    assert budget.tokens([5000], 0) == MOST
+    sizes = []
+    while budget.shrink(size := budget.tokens([5000], 0)):
+        sizes.append(size)
+    assert sizes == [2048, 1024, 512, 256]
+    assert budget.tokens([5000], 0) == LEAST_TOKENS
+    budget.begin(1)
+    assert budget.tokens([5000], 0) == MOST
 
 
 @pytest.mark.parametrize("most", [1, 16, LEAST_TOKENS])

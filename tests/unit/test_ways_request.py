@@ -153,7 +153,6 @@ def rank(ranks: Ranks) -> Iterator[tuple[Rank, Wire]]:
         revision=1,
         barrier=ShmBarrier(bus, memory.doorbells, 0),
         exchange=ranks.exchanges[0],
-        share_machine=lambda _: None,
         attach_ms=0.0,
         build_ms=0.0,
     )

@@ -159,7 +159,7 @@ struct Router {
   float* weights;
 };
 
-inline constexpr int64_t kExpertRows = 384;  // of an expert are computed at once, which bounds the scratch memory
+inline constexpr int64_t kRowsAtOnce = 384;  // of an expert, or of what threads share: bounds each one's scratch memory
 
 struct Experts {
   const float* rows;

@@ -35,18 +35,32 @@ struct Crew {
   std::atomic<bool> lacks_memory{false};
   void (*work)(void*, int64_t) = nullptr;
   void* context = nullptr;
-  int64_t num_started = 0;  // helpers; changed under is_taken
+  int64_t num_started = 0;        // helpers; changed under is_taken
+  bool is_told_of_forks = false;  // likewise
 };
 
 constexpr uint64_t kItems = (uint64_t{1} << 24) - 1;
 
-// Never destroyed: helpers sleep on it while the process ends. A child of this process has none of them.
-Crew*& crew() {
-  static Crew* instance = [] {
-    pthread_atfork(nullptr, nullptr, [] { crew() = new Crew; });
-    return new Crew;
-  }();
-  return instance;
+// Never destroyed: helpers sleep on it while the process ends. A child of a fork has none of them, and begins anew.
+constinit Crew first;
+constinit std::atomic<Crew*> instance{&first};
+
+Crew& crew() {
+  return *instance.load(std::memory_order_acquire);
+}
+
+void begin_anew() {
+  instance.store(new Crew, std::memory_order_release);
+}
+
+// False if there was no memory for it.
+bool run(void (*work)(void*, int64_t), void* context, int64_t item) noexcept {
+  try {
+    work(context, item);
+    return true;
+  } catch (const std::bad_alloc&) {
+    return false;
+  }
 }
 
 // Takes and does one item. False if there is none.
@@ -55,9 +69,7 @@ bool take(Crew& of) noexcept {
   do {
     if ((state & kItems) == 0) return false;
   } while (!of.state.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire));
-  try {
-    of.work(of.context, static_cast<int64_t>((state & kItems) - 1));
-  } catch (const std::bad_alloc&) {
+  if (!run(of.work, of.context, static_cast<int64_t>((state & kItems) - 1))) {
     of.lacks_memory.store(true, std::memory_order_relaxed);
   }
   of.done.fetch_add(1, std::memory_order_release);
@@ -102,13 +114,15 @@ void* run_helper(void* start) {
   return nullptr;
 }
 
-// Signals are the calling thread's: an interpreter's handlers are not for helpers.
+// Signals are the calling thread's: an interpreter's handlers are not for helpers. But for those that a thread's own
+// faults raise: they end the process, and say why.
 void start_helper(Crew& of, int64_t number) {
-  sigset_t all, before;
-  sigfillset(&all);
-  pthread_sigmask(SIG_SETMASK, &all, &before);
   auto start = std::make_unique<Start>(Start{&of, number});
   pthread_t thread;
+  sigset_t all, before;
+  sigfillset(&all);
+  for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP}) sigdelset(&all, fault);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
   const int error = pthread_create(&thread, nullptr, run_helper, start.get());
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   if (error != 0) throw std::system_error(error, std::generic_category(), "a thread for kernels");
@@ -127,14 +141,20 @@ struct Taken {
 }  // namespace
 
 int64_t num_threads() {
-  return crew()->num_threads.load(std::memory_order_acquire);
+  return crew().num_threads.load(std::memory_order_acquire);
 }
 
 void set_threads(int64_t count) {
   if (count < 1 || count > kMostThreads) throw std::invalid_argument("threads must be from 1 to 64");
-  Crew& of = *crew();
+  Crew& of = crew();
   while (of.is_taken.exchange(true, std::memory_order_acquire)) sched_yield();
   const Taken taken{of};
+  if (count > 1 && !of.is_told_of_forks) {
+    if (const int error = pthread_atfork(nullptr, nullptr, begin_anew); error != 0) {
+      throw std::system_error(error, std::generic_category(), "threads for kernels");
+    }
+    of.is_told_of_forks = true;
+  }
   for (; of.num_started < count - 1; ++of.num_started) start_helper(of, of.num_started + 1);
   of.num_threads.store(count, std::memory_order_release);
   of.roster.fetch_add(1, std::memory_order_release);
@@ -142,12 +162,14 @@ void set_threads(int64_t count) {
 }
 
 void share(int64_t count, void (*work)(void*, int64_t), void* context) {
-  Crew& of = *crew();
+  Crew& of = crew();
   const bool is_shared = count > 1 && count <= static_cast<int64_t>(kItems) &&
                          of.num_threads.load(std::memory_order_acquire) > 1 &&
                          !of.is_taken.exchange(true, std::memory_order_acquire);
   if (!is_shared) {
-    for (int64_t item = 0; item < count; ++item) work(context, item);
+    bool lacks_memory = false;
+    for (int64_t item = 0; item < count; ++item) lacks_memory |= !run(work, context, item);
+    if (lacks_memory) throw std::bad_alloc();
     return;
   }
   const Taken taken{of};

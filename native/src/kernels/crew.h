@@ -7,7 +7,8 @@
 namespace elasticmoe::kernels {
 
 // From now on so many threads compute, the calling one among them: 1 to kMostThreads. Threads that are no longer wanted
-// sleep. Throws std::system_error where one cannot be started; then there are as many as before.
+// sleep. Waits for the job in progress, so no item may call it. Throws std::system_error where one cannot be started;
+// then there are as many as before.
 inline constexpr int64_t kMostThreads = 64;
 void set_threads(int64_t count);
 int64_t num_threads();

@@ -94,7 +94,7 @@ inline void activate(const Activate& a) {
 template <typename T>
 void experts_as(const Experts& a) {
   using Element = typename T::Element;
-  const int64_t most = a.num_experts == 0 ? 0 : kExpertRows;
+  const int64_t most = a.num_experts == 0 ? 0 : kRowsAtOnce;
   float* wide = scratch(Scratch::kWide, most * 2 * a.width);
   float* packed_wide = scratch(Scratch::kPackedWide, operand_floats<T>(most, a.width));
   const float* rows = a.rows;
@@ -103,7 +103,7 @@ void experts_as(const Experts& a) {
     const Element* w13 = reinterpret_cast<const Element*>(a.w13 + expert * a.w13_stride);
     const Element* w2 = reinterpret_cast<const Element*>(a.w2 + expert * a.w2_stride);
     for (int64_t left = a.counts[expert]; left > 0;) {
-      const int64_t count = left < kExpertRows ? left : kExpertRows;
+      const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
       float* packed = scratch(Scratch::kPacked, operand_floats<T>(count, a.hidden));
       make_operand<T>(rows, a.hidden, count, a.hidden, packed);
       product<T>(packed, count, w13, 2 * a.width, a.hidden, wide, 2 * a.width, false);
@@ -140,7 +140,7 @@ void embed_as(const Embed& a) {
     float* out = a.out + row * a.hidden;
     const int64_t at = a.ids[row] - a.first;
     if (at < 0 || at >= a.num_held) {
-      std::fill(out, out + a.hidden, 0.0F);
+      std::memset(out, 0, static_cast<size_t>(a.hidden) * sizeof *out);
       continue;
     }
     const typename T::Element* from = static_cast<const typename T::Element*>(a.table) + at * a.hidden;

@@ -10,10 +10,11 @@ namespace {
 
 // Less work than this, in bytes to be read or in multiply-adds, takes less time than to wake a thread that sleeps.
 constexpr int64_t kBytesMin = 512 * 1024, kProductsMin = 4'000'000;
-// Columns are cut into so many pieces for each thread, so that one that comes late takes fewer; and by this many, whole
-// tiles of every instruction set.
-constexpr int64_t kPieces = 4, kColumns = 64;
-constexpr int64_t kPieceBytes = 128 * 1024;
+// Columns are cut by so many: whole tiles of every instruction set.
+constexpr int64_t kColumns = 64;
+// Into so many pieces of at least so many bytes for each thread, so that one that comes late takes fewer. Each piece
+// packs all rows for itself: with many rows it is one piece for each thread.
+constexpr int64_t kPieces = 4, kPieceBytes = 128 * 1024, kFewRows = 32;
 
 bool is_worth_it(int64_t bytes, int64_t products) {
   return num_threads() > 1 && (bytes >= kBytesMin || products >= kProductsMin);
@@ -79,10 +80,10 @@ Keys count_keys(const Parts& parts) {
 
 // One expert, its two products cut into columns.
 void one_expert(const Experts& a) {
-  const int64_t most = std::min<int64_t>(a.counts[0], kExpertRows);
+  const int64_t most = std::min<int64_t>(a.counts[0], kRowsAtOnce);
   float* wide = scratch(Scratch::kShared, most * 2 * a.width);
-  for (int64_t row = 0; row < a.counts[0]; row += kExpertRows) {
-    const int64_t count = std::min(kExpertRows, a.counts[0] - row);
+  for (int64_t row = 0; row < a.counts[0]; row += kRowsAtOnce) {
+    const int64_t count = std::min(kRowsAtOnce, a.counts[0] - row);
     const float* rows = a.rows + row * a.hidden;
     linear({rows, count, a.w13, a.dtype, 2 * a.width, a.hidden, wide, false, nullptr});
     kernels().activate({wide, count, a.width, rows, a.hidden, a.gate});
@@ -96,20 +97,31 @@ void linear(const Linear& a) {
   const Kernels& set = kernels();
   const int64_t column_bytes = a.depth * element_bytes(a.dtype), threads = num_threads();
   const int64_t blocks = a.num_cols / kColumns;
-  if (blocks < 2 || !is_worth_it(a.num_cols * column_bytes, a.num_rows * a.num_cols * a.depth)) return set.linear(a);
-  const int64_t fitting = a.num_rows > kColumns ? blocks : a.num_cols * column_bytes / kPieceBytes;
-  const int64_t pieces = std::clamp<int64_t>(fitting, 2, std::min(blocks, kPieces * threads));
-  share(pieces, [&](int64_t piece) {
-    const int64_t from = blocks * piece / pieces * kColumns;
-    const int64_t to = piece + 1 == pieces ? a.num_cols : blocks * (piece + 1) / pieces * kColumns;
-    Linear part = a;
-    part.w = static_cast<const char*>(a.w) + from * column_bytes;
-    part.num_cols = to - from;
-    part.out = a.out + from;
-    part.out_stride = a.out_stride == 0 ? a.num_cols : a.out_stride;
-    if (a.bias != nullptr) part.bias = a.bias + from;
-    set.linear(part);
-  });
+  const bool is_shared =
+      a.num_rows > 0 && blocks > 1 && is_worth_it(a.num_cols * column_bytes, a.num_rows * a.num_cols * a.depth);
+  if (!is_shared) return set.linear(a);
+  const int64_t out_stride = a.out_stride == 0 ? a.num_cols : a.out_stride;
+  const int64_t x_stride = a.x_stride == 0 ? a.depth : a.x_stride;
+  for (int64_t row = 0; row < a.num_rows; row += kRowsAtOnce) {
+    const int64_t rows = std::min(kRowsAtOnce, a.num_rows - row);
+    const int64_t most =
+        rows > kFewRows ? threads : std::min(kPieces * threads, a.num_cols * column_bytes / kPieceBytes);
+    const int64_t pieces = std::clamp<int64_t>(most, 2, blocks);
+    share(pieces, [&](int64_t piece) {
+      const int64_t from = blocks * piece / pieces * kColumns;
+      const int64_t to = piece + 1 == pieces ? a.num_cols : blocks * (piece + 1) / pieces * kColumns;
+      Linear part = a;
+      part.x = a.x + row * x_stride;
+      part.num_rows = rows;
+      part.w = static_cast<const char*>(a.w) + from * column_bytes;
+      part.num_cols = to - from;
+      part.out = a.out + row * out_stride + from;
+      part.x_stride = x_stride;
+      part.out_stride = out_stride;
+      if (a.bias != nullptr) part.bias = a.bias + from;
+      set.linear(part);
+    });
+  }
 }
 
 void experts(const Experts& a) {

@@ -66,10 +66,6 @@ class ComputeBackend(ABC):
         self.device = device
         self.is_synchronous = device.type == "cpu"
 
-    def share_machine(self, num_ranks: int) -> None:  # noqa: B027 - most compute on the thread that calls
-        """So many ranks step on this machine from now on: compute on this one's share of its cores. No result changes
-        by it."""
-
     # ---- buffers and the queue
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

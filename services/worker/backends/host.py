@@ -12,9 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from elasticmoe.common.machine import usable_cores
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
-from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.addresses import (
     CODES,
@@ -31,8 +29,6 @@ from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
 
-log = get_logger("rank")
-
 _SCORING = {"softmax": kernels.SOFTMAX, "sigmoid": kernels.SIGMOID}
 
 
@@ -48,26 +44,13 @@ class _HostBatch(NamedTuple):
 
 
 class HostBackend(ComputeBackend):
-    """See ComputeBackend. Everything is computed at once, and is done when a call returns; its device is the CPU.
-    `threads_max`: how many threads may compute, of what is this rank's share of the machine."""
+    """See ComputeBackend. Everything is computed at once, and is done when a call returns; its device is the CPU."""
 
     name = "host"
-    threads_max = 1
     _seen: tuple[torch.Tensor, int, kernels.KvView] | None = None  # blocks, number of those that are mapped, their view
 
     def _synchronize(self) -> None:
         """See ComputeBackend. Nothing is ever in flight."""
-
-    def share_machine(self, num_ranks: int) -> None:
-        """See ComputeBackend. At most `threads_max` threads; where one cannot be started, as many as before."""
-        count = max(1, min(self.threads_max, int(usable_cores()) // max(1, num_ranks)))
-        if count == kernels.threads():
-            return
-        try:
-            kernels.use_threads(count)
-        except RuntimeError as error:
-            log.warning("threads cannot be started", wanted=count, because=str(error))
-        log.info("computes", threads=kernels.threads(), ranks=num_ranks)
 
     def check_batch(self, batch: Batch, cache: KvCache) -> _HostBatch:
         """See ComputeBackend."""

@@ -1,12 +1,14 @@
 """How many tokens a step computes: so many that prompts get their first tokens soon, and so few that running streams
 bear it. Results do not depend on it (ADR 8).
 
-A step takes F + b n seconds: F for what each one does (weights are read), b for each of n tokens. Of k prompts of L
-tokens that wait, m in each step, the first tokens come after (k F / m + k b L + F + b m L) / 2 seconds in the mean.
-That is least where m L = sqrt(Q F / b), Q = k L being all that waits: many prompts want large steps, in which weights
-are read less often; few want small ones, whose ends are soon. One prompt alone never gains by being cut.
+A step takes F + b n seconds: F for what each one does (weights are read), b for each of the n tokens of all replicas,
+which step together. Of k prompts of L tokens that wait, m in each step, the first tokens come after
+(k F / m + k b L + F + b m L) / 2 seconds in the mean. That is least where m L = sqrt(Q F / b), Q = k L being all that
+waits: many prompts want large steps, in which weights are read less often; few want small ones, whose ends are soon.
+One prompt alone never gains by being cut.
 
-A running stream gets one token a step, so what prompts add to a step is what it waits longer.
+A running stream gets one token a step, so what prompts add to a step is what it waits longer. What steps take is
+learned, and may be wrong: beside streams no step is more than twice as large as one that is known.
 """
 
 from __future__ import annotations
@@ -16,46 +18,68 @@ from math import ceil, sqrt
 from typing import Final
 
 LEAST_TOKENS: Final = 128  # a step may have so many in any case
-BEARABLE_S: Final = 0.5  # a step with more lasts no longer while streams run
+BEARABLE_S: Final = 0.5  # a step with more lasts no longer while streams run, as far as is known
 FIXED_TOKENS: Final = 64.0  # F / b until both are known
-SHARE_OF_LAST: Final = 1 / 8  # of the last step in what is known of steps
-TELLING_TOKENS: Final = 64  # a prompt's part of a step that says something of b
+TELLING_TOKENS: Final = 64  # of prompts: a step with so many says something of b
+SHARE_OF_LOWER: Final = 1 / 2  # of the last step in what is known, where it took less than that
+SHARE_OF_HIGHER: Final = 1 / 16  # where it took more: it may have waited for something
 
 
 class StepBudget:
     """Owned by the scheduler; a function of what it was told. `tokens_max`: of any step."""
 
     def __init__(self, tokens_max: int) -> None:
-        self._tokens_max = tokens_max
+        self._limit = tokens_max
+        self.begin(1)
+
+    def begin(self, num_replicas: int) -> None:
+        """So many step together from now on: what was known of steps says nothing of the next ones."""
+        self._num_replicas = max(1, num_replicas)
+        self._tokens_max = self._limit
         self._fixed_s: float | None = None
         self._token_s: float | None = None
+        self._largest = 0  # step that is known
+        self._are_others = False  # in the last step
 
     @property
     def is_fixed(self) -> bool:
         """Whether all steps have the same."""
-        return self._tokens_max <= LEAST_TOKENS
+        return self._limit <= LEAST_TOKENS
 
-    def note(self, num_prompt: int, num_tokens: int, seconds: float) -> None:
-        """A step of `num_tokens`, `num_prompt` of them of prompts, took `seconds`."""
-        if num_tokens and not num_prompt:
+    def note(self, num_prompt: int, num_tokens: int, total_tokens: int, seconds: float) -> None:
+        """A step took `seconds`, with `total_tokens` of all replicas, of these `num_tokens` of this one, of these
+        `num_prompt` of prompts."""
+        self._are_others = total_tokens > num_tokens
+        self._largest = max(self._largest, total_tokens)
+        if num_prompt == 0 and (not self._are_others or total_tokens < TELLING_TOKENS):
             self._fixed_s = _moved(self._fixed_s, seconds)
-        elif num_prompt >= TELLING_TOKENS and self._fixed_s is not None:
-            self._token_s = _moved(self._token_s, max(seconds - self._fixed_s, 0.0) / num_prompt)
+        elif num_prompt >= TELLING_TOKENS and self._fixed_s is not None and seconds > self._fixed_s:
+            self._token_s = _moved(self._token_s, (seconds - self._fixed_s) / total_tokens)
 
-    def tokens(self, prompts: Sequence[int], num_decoding: int) -> int:
+    def shrink(self, num_prompt: int) -> bool:
+        """A step with so many tokens of prompts found no memory: until `begin` steps have half of that at most. False
+        where it had no more than each may have."""
+        if num_prompt <= LEAST_TOKENS:
+            return False
+        self._tokens_max = max(LEAST_TOKENS, num_prompt // 2)
+        return True
+
+    def tokens(self, prompts: Sequence[float], num_decoding: int) -> int:
         """Tokens of the next step. `prompts`: those left of each, in their order; each of `num_decoding` streams is to
         get one besides."""
         if self.is_fixed or not prompts:
             return self._tokens_max
-        fixed, token = self._fixed_s, self._token_s
-        ratio = FIXED_TOKENS if fixed is None or token is None else fixed / max(token, 1e-9)
-        wanted = float(max(prompts[0], sqrt(sum(prompts) * ratio)))
-        if num_decoding:
-            bearable = 0.0 if fixed is None or token is None else (BEARABLE_S - fixed) / max(token, 1e-9)
-            wanted = min(wanted, bearable)
-        wanted = min(max(wanted, LEAST_TOKENS), self._tokens_max)  # finite from here on
-        return max(LEAST_TOKENS, min(ceil(wanted) + num_decoding, self._tokens_max))
+        ratio, bearable = FIXED_TOKENS, 0.0
+        if self._fixed_s is not None and self._token_s is not None:
+            ratio, bearable = self._fixed_s / self._token_s, max(0.0, BEARABLE_S - self._fixed_s) / self._token_s
+        replicas = self._num_replicas if self._are_others else 1
+        wanted = max(prompts[0], sqrt(sum(prompts) * ratio / replicas))
+        if num_decoding or self._are_others:
+            wanted = min(wanted, min(bearable, 2.0 * self._largest) / replicas)
+        return min(self._tokens_max, ceil(max(wanted, LEAST_TOKENS)) + num_decoding)
 
 
 def _moved(known: float | None, last: float) -> float:
-    return last if known is None else known + (last - known) * SHARE_OF_LAST
+    if known is None:
+        return last
+    return known + (last - known) * (SHARE_OF_LOWER if last < known else SHARE_OF_HIGHER)

@@ -109,7 +109,7 @@ class Scheduler:
         """Choose the next step's work and allocate its blocks. `decode_only`: prompts wait for the next step.
         `num_clean`: see Trial.may_be_alone; if there are suspects, this is one's own step, or they are left out. Raises
         PlanFailed, and MemoryError."""
-        draft = Draft(self.max_tokens if decode_only or self.budget.is_fixed else self._tokens_of_step())
+        draft = Draft(self.max_tokens)
         try:
             return self._plan(draft, decode_only=decode_only, num_clean=num_clean)
         except MemoryError:
@@ -130,16 +130,22 @@ class Scheduler:
                 if draft.chunks:
                     return draft.finish(is_alone=True)
         left_out = suspects + self.unready if self.unready else suspects
+        if not (decode_only or self.budget.is_fixed):
+            draft.budget = min(draft.budget, self._tokens_of_step(left_out))
         self._draft_running(draft, left_out, decode_only=decode_only)
         if not decode_only:
             self._draft_waiting(draft, left_out)
         draft.subject = None
         return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects))
 
-    def _tokens_of_step(self) -> int:
-        missing = [len(s.tokens) - s.kv_len for s in self.running]
-        prompts = [count for count in missing if count > 1]
-        return self.budget.tokens(prompts + [len(s.tokens) for s in self.waiting], len(missing) - len(prompts))
+    def _tokens_of_step(self, left_out: list[Sequence]) -> int:
+        missing = [len(s.tokens) - s.kv_len for s in self.running if not (left_out and s in left_out)]
+        prompts: list[float] = [count for count in missing if count > 1]
+        num_decoding = len(missing) - len(prompts)
+        known = self.tokens_uncached + self.tokens_cached
+        fresh = self.tokens_uncached / known if known else 1.0  # of who begins, so much is not in the prefix cache
+        prompts += [len(s.tokens) * fresh for s in self.waiting if not (left_out and s in left_out)]
+        return self.budget.tokens(prompts, num_decoding)
 
     def _draft_running(self, draft: Draft, left_out: list[Sequence], *, decode_only: bool) -> None:
         index = 0

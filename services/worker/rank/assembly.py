@@ -7,8 +7,10 @@ from collections.abc import Callable
 from elasticmoe.common import fdchannel
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import PoolConfig
+from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.fence import Fence
+from elasticmoe.common.machine import usable_cores
 from elasticmoe.common.protocol.handles import TO_RANK
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.rank import CODEC
@@ -54,7 +56,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     max_tokens = min(seat.max_tokens, memory.bus.max_tokens)
     torch_device = memory.device.open_torch()
     backend = open_backend(
-        seat.compute, barrier.tell_waiting, torch_device, BackendOptions(config.captured_graphs, config.threads_max)
+        seat.compute, barrier.tell_waiting, torch_device, BackendOptions(config.captured_graphs, _threads(config))
     )
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
     board = ReplicaBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
@@ -74,7 +76,6 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         revision=memory.revision,
         barrier=barrier,
         exchange=exchange,
-        share_machine=backend.share_machine,
         attach_ms=(attached - started) * 1e3,
         build_ms=(clock.monotonic() - attached) * 1e3,
     )
@@ -82,6 +83,11 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         return Rank(parts, engine, tell_ready)
     assert board is not None, "a replica of several ranks"
     return Follower(parts, board, model, memory.kv, tell_ready)
+
+
+def _threads(config: PoolConfig) -> int:
+    """Of a rank: the cores of one of the devices that share the machine."""
+    return max(1, min(config.threads_max, int(usable_cores()) // len(DeviceCount.parse(config.devices).names())))
 
 
 def _engine(

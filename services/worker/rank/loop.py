@@ -45,8 +45,6 @@ class SeatLoop(ABC):
         routings = parts.memory.routings
         self._lockstep = Lockstep(parts.barrier, parts.exchange, routings, seat.slot, parts.clock, leader)
         parts.exchange.listen(lambda: parts.hmm.hear(parts.clock.monotonic()))
-        self._share_machine = parts.share_machine
-        self._num_ranks = 0  # that the machine is shared with
         self._look_at = 0.0
         self.is_stopping = False
 
@@ -121,14 +119,6 @@ class SeatLoop(ABC):
         for handed in self._hmm.look(readable, now):
             failpoint("rank.apply")
             self._memory.take(*handed)
-
-    def _sync(self) -> bool:
-        """See Lockstep.sync. Ranks that step together share the machine's cores."""
-        is_new = self._lockstep.sync()
-        if self._lockstep.is_member and (num_ranks := self._lockstep.members.bit_count()) != self._num_ranks:
-            self._num_ranks = num_ranks
-            self._share_machine(num_ranks)
-        return is_new
 
     def _change_memory(self) -> None:
         """A slice of what the HMM asked for."""

@@ -62,7 +62,6 @@ class SeatParts(NamedTuple):
     `fence`: refuses commands of superseded scalers.
     `memory`: what is mapped; `revision`: of the SeatMemory that it was made by.
     `barrier`, `exchange`: its ends of what all ranks share.
-    `share_machine`: see ComputeBackend.
     `attach_ms`, `build_ms`: how long it took until all of this was there.
     """
 
@@ -76,6 +75,5 @@ class SeatParts(NamedTuple):
     revision: int
     barrier: StepBarrier
     exchange: Exchange
-    share_machine: Callable[[int], None]
     attach_ms: float
     build_ms: float

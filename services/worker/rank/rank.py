@@ -126,7 +126,8 @@ class Rank(SeatLoop):
         self._barrier.count_progress()
         self._change_memory()
         lockstep = self._lockstep
-        if self._sync():
+        if lockstep.sync():
+            self._engine.scheduler.budget.begin(lockstep.members.bit_count() // self._memory.spec.tp)
             self._migration.ask_again()
             if lockstep.has_come_in:
                 self._welcome.begin()

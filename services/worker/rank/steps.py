@@ -173,10 +173,11 @@ class Steps:
         self._withdraw(plan, self._num_short > _patience(plan, total_tokens))
 
     def _withdraw(self, plan: StepPlan, is_smaller: bool) -> None:
-        """The step is planned again: a smaller one without the request that needs most."""
+        """The step is planned again: a smaller one with fewer tokens of prompts, or, if they are few, without the
+        request that needs most."""
         self._lockstep.note_failed()
         self._engine.trials.drop(plan)
-        if is_smaller and plan.chunks:
+        if is_smaller and plan.chunks and not self._engine.scheduler.budget.shrink(plan.num_prompt):
             text = "there is no memory to compute this request's next step"
             largest = max(plan.chunks, key=_size)
             failure = self._engine.fail(largest.sequence, Unavailable(text, code=OUT_OF_MEMORY))
