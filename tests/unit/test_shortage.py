@@ -192,28 +192,41 @@ def test_a_request_that_never_finds_room_ends_alone(ranks: Ranks, monkeypatch: p
     }
 
 
+class Played:
+    """Steps over an engine that has room for so many tokens."""
+
+    def __init__(self, room: int, tokens_max: int) -> None:
+        self.failed: list[Any] = []
+        self.budget = StepBudget(tokens_max)
+
+        def compute(_: Any, total: int, __: float) -> list[Any]:
+            if total > room:
+                raise MemoryError
+            return []
+
+        def fail(sequence: Any, _: Exception) -> Any:
+            self.failed.append(sequence)
+            return sequence
+
+        def nothing(*_: object) -> None:
+            pass
+
+        engine: Any = SimpleNamespace(
+            compute=compute,
+            fail=fail,
+            trials=SimpleNamespace(begin=nothing, end=nothing, drop=nothing),
+            commit=nothing,
+            scheduler=SimpleNamespace(budget=self.budget),
+        )
+        exchange: Any = SimpleNamespace(is_awaited=False)
+        lockstep: Any = PlayedLockstep()
+        hmm: Any = None
+        self.steps = Steps(engine, exchange, lockstep, hmm, nothing)
+
+
 def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room() -> None:
-    failed: list[Any] = []
-
-    def compute(plan: Any, total: int, _: float) -> list[Any]:
-        if total >= 10:
-            raise MemoryError
-        return []
-
-    def fail(sequence: Any, _: Exception) -> Any:
-        failed.append(sequence)
-        return sequence
-
-    def nothing(*_: object) -> None:
-        pass
-
-    trials = SimpleNamespace(begin=nothing, end=nothing, drop=nothing)
-    scheduler = SimpleNamespace(budget=StepBudget(16))
-    engine: Any = SimpleNamespace(compute=compute, fail=fail, trials=trials, commit=nothing, scheduler=scheduler)
-    exchange: Any = SimpleNamespace(is_awaited=False)
-    lockstep: Any = PlayedLockstep()
-    hmm: Any = None
-    steps = Steps(engine, exchange, lockstep, hmm, nothing)
+    played = Played(9, 16)
+    steps, failed = played.steps, played.failed
     sequence: Any = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
     prompt = StepPlan([Chunk(sequence, 0, 10, True)], [], [])
     for left_out in ({"is_decode_only": True}, {"is_alone": True}, {"leaves_suspects": True}):
@@ -227,6 +240,19 @@ def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room(
         steps.run(prompt, 10, 0.0)
         assert failed == [sequence]  # another one is tried again first
         steps.run(StepPlan([], [], []), 2, 0.0)
+
+
+@pytest.mark.parametrize(("room", "ends"), [(300, False), (130, False), (100, True)])
+def test_a_step_of_prompts_becomes_smaller_before_a_request_ends(room: int, ends: bool) -> None:
+    played = Played(room, 2048)
+    sequence: Any = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
+    sizes: list[int] = []
+    while not played.failed and (not sizes or sizes[-1] > room):
+        sizes.append(played.budget.tokens([5000], 0))
+        played.steps.run(StepPlan([Chunk(sequence, 0, sizes[-1], False)], [], []), sizes[-1], 0.0)
+    assert sizes[:2] == [2048, 2048]  # the same is tried once more first
+    assert sizes[2:] == ([1024, 512, 256] if room == 300 else [1024, 512, 256, 128])
+    assert bool(played.failed) == ends
 
 
 def test_a_rank_that_cannot_go_on_ends(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
