@@ -21,6 +21,12 @@ if(ELASTICMOE_HAS_JUMPS_FLAG)
   list(APPEND ELASTICMOE_KERNEL_FLAGS_amx ${ELASTICMOE_JUMPS_FLAG})
 endif()
 
+# AddressSanitizer's frames that outlive a return are not aligned as GCC believes that locals of 64 bytes are.
+set(ELASTICMOE_KERNEL_SANITIZING)
+if(ELASTICMOE_SANITIZE MATCHES "address" AND CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  set(ELASTICMOE_KERNEL_SANITIZING --param=asan-use-after-return=0)
+endif()
+
 set(ELASTICMOE_KERNEL_OBJECTS)
 foreach(set IN LISTS ELASTICMOE_KERNEL_SETS)
   add_library(kernels_${set} OBJECT ${CMAKE_CURRENT_LIST_DIR}/src/kernels/isa.cpp)
@@ -29,7 +35,7 @@ foreach(set IN LISTS ELASTICMOE_KERNEL_SETS)
   # Sums of products are fused; nothing else may change what the source says (NaN and order of additions matter). -O3 also
   # where the build type asks for less. -Wno-psabi: vectors are passed between inlined functions only.
   target_compile_options(kernels_${set} PRIVATE ${ELASTICMOE_KERNEL_FLAGS_${set}} -O3 -ffp-contract=fast
-    -fno-math-errno -fno-trapping-math -Wno-psabi)
+    -fno-math-errno -fno-trapping-math -Wno-psabi ${ELASTICMOE_KERNEL_SANITIZING})
   list(APPEND ELASTICMOE_KERNEL_OBJECTS $<TARGET_OBJECTS:kernels_${set}>)
 endforeach()
 

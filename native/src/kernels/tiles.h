@@ -22,18 +22,18 @@ inline void settle() {
   asm volatile("" ::: "memory");
 }
 
+// Eight tiles of sixteen rows of 64 bytes each.
+struct TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+static_assert(sizeof(TileConfig) == 64 && kTile == 16);
+inline constexpr TileConfig kTileConfig;
+
 inline void begin_tiles() {
-  struct __attribute__((packed)) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int64_t i = 0; i < 8; ++i) {
-    config.row_bytes[i] = kPairs * 2;
-    config.rows[i] = kTile;
-  }
   settle();
-  _tile_loadconfig(&config);
+  _tile_loadconfig(&kTileConfig);
 }
 
 // The next of the terms of 16 floats, as their upper halves; what is left stays in `rest`.

@@ -9,16 +9,12 @@ import torch
 
 from elasticmoe.common.layout import Compute
 from elasticmoe.common.protocol.errors import ConfigError
-from elasticmoe.common.telemetry import get_logger
-from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.accelerator.backend import AcceleratorBackend
 from elasticmoe.services.worker.backends.accelerator.graphs import TorchRecorder
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.kernel_set import NpuKernels
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.host import HostBackend
 from elasticmoe.services.worker.backends.torch import TorchBackend
-
-log = get_logger("rank")
 
 TellWaiting = Callable[[bool], None] | None
 
@@ -34,14 +30,6 @@ def _open_triton(tell_waiting: TellWaiting, device: torch.device, graphs: bool) 
     return AcceleratorBackend(TritonKernels(device), tell_waiting, device, recorder)
 
 
-def _open_host(tell_waiting: TellWaiting, device: torch.device, threads: int) -> ComputeBackend:
-    try:
-        kernels.use_threads(threads)
-    except (RuntimeError, MemoryError) as error:
-        log.warning("threads cannot be started", wanted=threads, there_are=kernels.threads(), because=str(error))
-    return HostBackend(tell_waiting, device)
-
-
 class BackendOptions(NamedTuple):
     """`graphs`: steps may be captured, where that can be done. `threads`: that compute in this process, where the
     backend can have several; what cannot be started is done without."""
@@ -51,7 +39,7 @@ class BackendOptions(NamedTuple):
 
 
 BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device, BackendOptions], ComputeBackend]] = {
-    "host": lambda tell_waiting, device, options: _open_host(tell_waiting, device, options.threads),
+    "host": lambda tell_waiting, device, options: HostBackend(tell_waiting, device, options.threads),
     "torch": lambda tell_waiting, device, _: TorchBackend(tell_waiting, device),
     "triton": lambda tell_waiting, device, options: _open_triton(tell_waiting, device, options.graphs),
     "torch_npu": lambda tell_waiting, device, _: AcceleratorBackend(NpuKernels(device), tell_waiting, device),

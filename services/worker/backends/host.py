@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
+from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.addresses import (
     CODES,
@@ -28,6 +29,8 @@ from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoi
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
+
+log = get_logger("rank")
 
 _SCORING = {"softmax": kernels.SOFTMAX, "sigmoid": kernels.SIGMOID}
 
@@ -48,6 +51,19 @@ class HostBackend(ComputeBackend):
 
     name = "host"
     _seen: tuple[torch.Tensor, int, kernels.KvView] | None = None  # blocks, number of those that are mapped, their view
+
+    def __init__(
+        self,
+        tell_waiting: Callable[[bool], None] | None = None,
+        device: torch.device = torch.device("cpu"),
+        threads: int = 1,
+    ) -> None:
+        """See ComputeBackend. `threads`: that compute in this process; what cannot be started is done without."""
+        super().__init__(tell_waiting, device)
+        try:
+            kernels.use_threads(threads)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("threads cannot be started", wanted=threads, there_are=kernels.threads(), because=str(error))
 
     def _synchronize(self) -> None:
         """See ComputeBackend. Nothing is ever in flight."""
