@@ -64,6 +64,7 @@ class HostBackend(ComputeBackend):
             kernels.use_threads(threads)
         except (RuntimeError, MemoryError) as error:
             log.warning("threads cannot be started", wanted=threads, there_are=kernels.threads(), because=str(error))
+        log.info("computes", threads=kernels.threads(), by=kernels.instruction_sets()[0])
 
     def _synchronize(self) -> None:
         """See ComputeBackend. Nothing is ever in flight."""
