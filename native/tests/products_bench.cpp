@@ -3,16 +3,19 @@
 // Usage: products_bench [rounds]. Weights are never those of the call before, and of all calls the best one counts:
 // what else runs on the machine falls out.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <numeric>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "bench.h"
 #include "kernels/api.h"
+#include "kernels/crew.h"
 
 using namespace elasticmoe::bench;
 using namespace elasticmoe::kernels;
@@ -40,6 +43,24 @@ std::vector<int32_t> route(int64_t tokens, uint32_t seed) {
     for (int64_t i = 0; i < kTopK; ++i) ++counts[static_cast<size_t>(experts[static_cast<size_t>(i)])];
   }
   return counts;
+}
+
+// Bytes a second that so many threads read together, each a part of its own; the best of some rounds by the clock, so
+// on a machine where nothing else runs.
+double read_together(const std::vector<uint16_t>& numbers, int64_t threads, int64_t rounds) {
+  const int64_t nbytes = static_cast<int64_t>(numbers.size()) * 2 / threads;
+  double best = INFINITY;
+  set_threads(threads);
+  for (int64_t round = 0; round < rounds; ++round) {
+    const auto start = std::chrono::steady_clock::now();
+    share(threads, [&](int64_t part) {
+      [[maybe_unused]] volatile float kept =
+          read_all(reinterpret_cast<const char*>(numbers.data()) + part * nbytes, nbytes);
+    });
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  }
+  set_threads(1);
+  return static_cast<double>(nbytes * threads) / best;
 }
 
 }  // namespace
@@ -87,6 +108,10 @@ int main(int argc, char** argv) {
   }
   std::printf("bfloat16 weights, one thread; reading %.1f GB/s, multiply-adds of float32 %.0f GFLOP/s\n",
               figures[0].gigabytes / figures[0].best, peak);
+  const int64_t cores = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, kMostThreads);
+  std::printf("by the clock: one thread reads %.1f GB/s, %lld together %.1f GB/s\n",
+              read_together(weights, 1, 10) * 1e-9, static_cast<long long>(cores),
+              read_together(weights, cores, 10) * 1e-9);
   const double bandwidth = figures[0].gigabytes / figures[0].best;
   for (const Figure& figure : figures) {
     const double speed = figure.gigabytes / figure.best, gflops = figure.gflop / figure.best;

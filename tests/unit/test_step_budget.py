@@ -130,6 +130,8 @@ def test_after_a_shortage_steps_are_smaller_until_the_ranks_change() -> None:
         sizes.append(size)
     assert sizes == [2048, 1024, 512, 256]
     assert budget.tokens([5000], 0) == LEAST_TOKENS
+    assert budget.tokens([5000], 300) == LEAST_TOKENS + 300  # streams have their tokens all the same
+    assert budget.tokens([], 300) == MOST
     budget.begin(1)
     assert budget.tokens([5000], 0) == MOST
 

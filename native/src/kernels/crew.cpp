@@ -35,8 +35,7 @@ struct Crew {
   std::atomic<bool> lacks_memory{false};
   void (*work)(void*, int64_t) = nullptr;
   void* context = nullptr;
-  int64_t num_started = 0;        // helpers; changed under is_taken
-  bool is_told_of_forks = false;  // likewise
+  int64_t num_started = 0;  // helpers; changed under is_taken
 };
 
 constexpr uint64_t kItems = (uint64_t{1} << 24) - 1;
@@ -51,6 +50,16 @@ Crew& crew() {
 
 void begin_anew() {
   instance.store(new Crew, std::memory_order_release);
+}
+
+// Once in a process and its children, which have what it registered.
+void tell_of_forks() {
+  static constinit std::atomic<bool> is_told{false};
+  if (is_told.load(std::memory_order_acquire)) return;
+  if (const int error = pthread_atfork(nullptr, nullptr, begin_anew); error != 0) {
+    throw std::system_error(error, std::generic_category(), "threads for kernels");
+  }
+  is_told.store(true, std::memory_order_release);
 }
 
 // False if there was no memory for it.
@@ -149,12 +158,7 @@ void set_threads(int64_t count) {
   Crew& of = crew();
   while (of.is_taken.exchange(true, std::memory_order_acquire)) sched_yield();
   const Taken taken{of};
-  if (count > 1 && !of.is_told_of_forks) {
-    if (const int error = pthread_atfork(nullptr, nullptr, begin_anew); error != 0) {
-      throw std::system_error(error, std::generic_category(), "threads for kernels");
-    }
-    of.is_told_of_forks = true;
-  }
+  if (count > 1) tell_of_forks();
   for (; of.num_started < count - 1; ++of.num_started) start_helper(of, of.num_started + 1);
   of.num_threads.store(count, std::memory_order_release);
   of.roster.fetch_add(1, std::memory_order_release);

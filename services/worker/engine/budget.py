@@ -35,7 +35,7 @@ class StepBudget:
     def begin(self, num_replicas: int) -> None:
         """So many step together from now on: what was known of steps says nothing of the next ones."""
         self._num_replicas = max(1, num_replicas)
-        self._tokens_max = self._limit
+        self._prompt_max = self._limit
         self._fixed_s: float | None = None
         self._token_s: float | None = None
         self._largest = 0  # step that is known
@@ -57,18 +57,18 @@ class StepBudget:
             self._token_s = _moved(self._token_s, (seconds - self._fixed_s) / total_tokens)
 
     def shrink(self, num_prompt: int) -> bool:
-        """A step with so many tokens of prompts found no memory: until `begin` steps have half of that at most. False
+        """A step with so many tokens of prompts found no memory: until `begin` steps have half of them at most. False
         where it had no more than each may have."""
         if num_prompt <= LEAST_TOKENS:
             return False
-        self._tokens_max = max(LEAST_TOKENS, num_prompt // 2)
+        self._prompt_max = max(LEAST_TOKENS, num_prompt // 2)
         return True
 
     def tokens(self, prompts: Sequence[float], num_decoding: int) -> int:
         """Tokens of the next step. `prompts`: those left of each, in their order; each of `num_decoding` streams is to
         get one besides."""
         if self.is_fixed or not prompts:
-            return self._tokens_max
+            return self._limit
         ratio, bearable = FIXED_TOKENS, 0.0
         if self._fixed_s is not None and self._token_s is not None:
             ratio, bearable = self._fixed_s / self._token_s, max(0.0, BEARABLE_S - self._fixed_s) / self._token_s
@@ -76,7 +76,8 @@ class StepBudget:
         wanted = max(prompts[0], sqrt(sum(prompts) * ratio / replicas))
         if num_decoding or self._are_others:
             wanted = min(wanted, min(bearable, 2.0 * self._largest) / replicas)
-        return min(self._tokens_max, ceil(max(wanted, LEAST_TOKENS)) + num_decoding)
+        of_prompts = min(self._prompt_max, ceil(max(wanted, LEAST_TOKENS)))
+        return min(self._limit, of_prompts + num_decoding)
 
 
 def _moved(known: float | None, last: float) -> float:
