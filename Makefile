@@ -1,4 +1,4 @@
-# make up: a deployment from nothing. make test, make lint: what CI runs. Everything lives in .venv and build/.
+# make up: a deployment from nothing. make lint, make test-all: what CI runs. Everything lives in .venv and build/.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -24,6 +24,7 @@ CPP := $(filter %.cpp %.h,$(NATIVE))
 # An editable install knows modules by their files: it is made anew where one has come, moved or gone.
 MODULES := .venv/.modules
 MODULES_NOW := $(shell find common services cli native -name '*.py' | LC_ALL=C sort | cksum)
+MODULES_CHANGED :=
 ifneq ($(MODULES_NOW),$(shell cat $(MODULES) 2>/dev/null))
 MODULES_CHANGED := modules-changed
 endif
@@ -146,7 +147,7 @@ docs: install
 	$(BIN)/python -m scripts.reference
 
 picture: install
-	$(PIP) install --quiet 'pyte>=0.8,<1'
+	@$(PIP_INSTALL) 'pyte>=0.8,<1'
 	$(BIN)/python -m scripts.picture
 
 screenshots: install

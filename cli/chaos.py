@@ -26,9 +26,11 @@ from elasticmoe.cli.chaos_act import ITL_S, MODEL, Acted, Acting, draw_bursts
 from elasticmoe.cli.chaos_faults import KILL, NOT_NEEDED, draw_faults, draw_resizes
 from elasticmoe.cli.chaos_load import BROKEN, HUNG, Clients, Tally
 from elasticmoe.cli.chaos_run import AFTER_S, BLAMELESS_S, Run, Seen
+from elasticmoe.cli.endings import ends_as_by_ctrl_c
 from elasticmoe.cli.terminal import say, show
 from elasticmoe.common.devices.names import COUNT_PATTERN, DeviceCount
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
+from elasticmoe.common.wording import counted
 
 HELP = "try a deployment: load, random faults, random resizes; tells which promises held"
 
@@ -79,18 +81,25 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(text)
     say(f"seed {seed}: {args.minutes:g} min on {args.devices}, {args.clients} clients")
     try:
-        seen, tally, _ = asyncio.run(_run(args, seed, count))
-        verdicts = judge(seen, tally)
-        _print(verdicts, seen, tally)
-        if args.abuse:
-            alone = tally
-            seen, tally, abuse = asyncio.run(_run(args, seed, count, is_abused=True))
-            further = [*judge(seen, tally), *judge_abuse(abuse.without(_router_away(seen)), tally, alone)]
-            _print(further, seen, tally, title="what held beside a hostile client")
-            verdicts += further
+        with ends_as_by_ctrl_c():
+            verdicts = _judged(args, seed, count)
     except ValueError as error:
         raise ElasticMoEError(f"{error}; seed {seed}", code="chaos_failed") from None
     return 0 if all(verdict.has_held is not False for verdict in verdicts) else 1
+
+
+def _judged(args: argparse.Namespace, seed: int, count: int) -> list[Verdict]:
+    """Try it, and say what held. Raises ValueError."""
+    seen, tally, _ = asyncio.run(_run(args, seed, count))
+    verdicts = judge(seen, tally)
+    _print(verdicts, seen, tally)
+    if args.abuse:
+        alone = tally
+        seen, tally, abuse = asyncio.run(_run(args, seed, count, is_abused=True))
+        further = [*judge(seen, tally), *judge_abuse(abuse.without(_router_away(seen)), tally, alone)]
+        _print(further, seen, tally, title="what held beside a hostile client")
+        verdicts += further
+    return verdicts
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -126,7 +135,7 @@ async def _run(
         if args.act:
             acting = Acting(deployment, clients, draw_bursts(seed, seconds, args.clients), replicas_max, tell)
             await acting.begin()
-        tell(f"serves; {len(faults)} faults and {len(resizes)} resizes follow")
+        tell(f"serves; {counted(len(faults), 'fault')} and {counted(len(resizes), 'resize')} follow")
         hostile = abused(deployment, clients.model, seed) if is_abused else contextlib.nullcontext(Abuse())
         async with hostile as abuse:
             seen = await Run(deployment, clients, tell).run(faults, resizes, seconds, args.replicas, acting)
@@ -175,7 +184,8 @@ def judge(seen: Seen, tally: Tally) -> list[Verdict]:
             "P5 P6 P7 P9",
             "recovered after every fault",
             not seen.not_recovered if kinds else None,
-            f"{len(seen.faults)} faults of {', '.join(sorted(kinds))}; not after: {seen.not_recovered or 'none'}",
+            f"{counted(len(seen.faults), 'fault')} of {', '.join(sorted(kinds))}; "
+            f"not after: {seen.not_recovered or 'none'}",
         ),
         _pauses(seen, tally),
         Verdict("integrity", "memory and blocks are sound", not seen.findings, "; ".join(seen.findings[:3]) or "sound"),
@@ -207,7 +217,7 @@ def judge_act(acted: Acted) -> list[Verdict]:
             "policy",
             "the size was what the policy wants",
             acted.settled_s is not None,
-            f"{waited}: {acted.size} replicas, {acted.reason}",
+            f"{waited}: {counted(acted.size, 'replica')}, {acted.reason}",
         ),
     ]
 

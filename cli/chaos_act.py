@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from elasticmoe.cli.bench.deployment import Deployment
 from elasticmoe.cli.chaos_load import Clients
+from elasticmoe.common.wording import counted
 
 MODEL = "oracle-paced"  # what a step takes does not hang on how busy this machine's cores are
 # A step of the paced model takes some 12 ms, and 30 ms with as many streams as the usual clients have: they break this
@@ -120,7 +121,7 @@ class Acting:
             if value and (not values or values[-1] != value):
                 values.append(value)
                 if values is self.seen.sizes:
-                    self._tell(f"{value} replicas")
+                    self._tell(counted(value, "replica"))
         return policy
 
     async def settle(self) -> None:
@@ -134,9 +135,9 @@ class Acting:
                 if self.seen.reason in CONTENT and policy["target"] == policy["replicas"]:
                     self.seen.settled_s = waited
             await asyncio.sleep(LOOK_S)
-        self._tell(f"the policy says {self.seen.reason} at {self.seen.size} replicas")
+        self._tell(f"the policy says {self.seen.reason} at {counted(self.seen.size, 'replica')}")
         if self.seen.settled_s is None and policy is not None:
             self._tell(f"  decided by {policy['decision']}")
         await self._set(mode="off")
         known = (await self._deployment.get("/v1/operations"))["operations"]
-        self.seen.operations = [one for one in known if one["op_id"].startswith("policy-")]
+        self.seen.operations = [one for one in known if one["by"] == "policy"]

@@ -18,6 +18,7 @@ from elasticmoe.cli.chaos_act import Acted, Acting
 from elasticmoe.cli.chaos_faults import KILL, LOSE, Fault, Resize
 from elasticmoe.cli.chaos_load import Clients
 from elasticmoe.cli.chaos_state import findings_of, holdings_of, rank_pids
+from elasticmoe.common.wording import counted
 
 RECOVERED_S_MAX = 30.0  # after the end of a fault
 OPERATION_S_MAX = 180.0
@@ -87,7 +88,7 @@ class Run:
             if len(await self._present()) != replicas:
                 await self._scale({"replicas": replicas})
             if len(await self._present()) != replicas:
-                self.seen.stuck.append(f"{len(await self._present())} replicas at the end, not {replicas}")
+                self.seen.stuck.append(f"{counted(len(await self._present()), 'replica')} at the end, not {replicas}")
             self._clients.stop()
             await load
         finally:

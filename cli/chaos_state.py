@@ -16,6 +16,7 @@ from elasticmoe.common.protocol.hmm import CheckIntegrity
 from elasticmoe.common.protocol.rank import GetRankIntegrity
 from elasticmoe.common.protocol.scaler import Integrity, ToScaler
 from elasticmoe.common.transport import Client, new_identity
+from elasticmoe.common.wording import counted
 
 FDS_MORE_MAX = 16  # connections that come and go
 BYTES_MORE_SHARE_MAX = 0.02  # KV comes in whole handles, which may fall differently on the devices
@@ -39,7 +40,7 @@ class Holdings:
             if name in before.descriptors and count > before.descriptors[name] + FDS_MORE_MAX
         ]
         if self.num_processes > before.num_processes:
-            found.append(f"{self.num_processes} processes, {before.num_processes} before")
+            found.append(f"{counted(self.num_processes, 'process', 'processes')}, {before.num_processes} before")
         if more := self.shared_memory - before.shared_memory:
             found.append(f"/dev/shm has {', '.join(sorted(more))}")
         if self.device_bytes > before.device_bytes * (1 + BYTES_MORE_SHARE_MAX):

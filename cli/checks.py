@@ -33,8 +33,9 @@ from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.machine import available_bytes
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
-from elasticmoe.common.seat_sizes import size_ledger
+from elasticmoe.common.seat_sizes import size_ledger, size_mailbox
 from elasticmoe.common.store import store_of
+from elasticmoe.common.wording import counted
 
 _DISK_BYTES_MIN = 64 * 1024 * 1024
 _GIVEN_BACK_S = 10.0  # a driver may tidy up after dead processes in its own time
@@ -110,7 +111,7 @@ def check_memory(settings: Settings, model: Path) -> None:
     if needed > available * AVAILABLE_SHARE:
         each = _needs(load, most.weights_bytes, most.ledger_bytes, most.mailbox_bytes, kv_min)
         raise DoesNotFit(
-            f"{each} {size(needed)} on {len(used)} devices, "
+            f"{each} {size(needed)} on {counted(len(used), 'device')}, "
             f"more than {_share(available)}; a smaller --max-model-len or --max-sequences takes less",
             code="out_of_memory",
         )
@@ -155,9 +156,10 @@ def _granularity(settings: Settings) -> int:
 
 def _needs(load: LoadModel, weights: int, ledger: int, mailbox: int, kv: int) -> str:
     exchanged = f", {size(mailbox)} of mailbox for {load.max_tokens} tokens" if mailbox else ""
+    sequences = counted(load.max_sequences, "sequence")
     return (
-        f"{size(weights)} of {load.dtype} weights, {size(ledger)} of ledger for {load.max_sequences} sequences"
-        f"{exchanged} and {size(kv)} of KV for one of {load.max_model_len} tokens take"
+        f"{size(weights)} of {load.dtype} weights, {size(ledger)} of ledger for {sequences}{exchanged} and {size(kv)} "
+        f"of KV for one of {load.max_model_len} tokens take"
     )
 
 
@@ -189,7 +191,8 @@ def num_devices_that_fit(settings: Settings, model: Path) -> int:
     spec = load_spec(model, scaler.dtype, scaler.tp)
     alone = initial_layout(spec.num_experts_by_layer, scaler.device_count.names()[: scaler.tp], tp=scaler.tp)
     weights = max(weights_on(sizes_of(spec, granularity), alone).values())
-    whole = weights + size_ledger(load_of(scaler, spec, alone), granularity).nbytes + scaler.kv_bytes
+    load = load_of(scaler, spec, alone)
+    whole = weights + size_ledger(load, granularity).nbytes + size_mailbox(load, spec, granularity) + scaler.kv_bytes
     room = int(available_bytes() * AVAILABLE_SHARE) // (settings.hmm.device_bytes or whole)
     return max(scaler.replicas * scaler.tp, min(room, scaler.device_count.count))
 

@@ -27,6 +27,7 @@ from elasticmoe.cli.supervisor import ChildState, Exit, Fatal, Limits, decide, d
 from elasticmoe.common.protocol.errors import DeadlineExceeded, ElasticMoEError
 from elasticmoe.common.record import DownRecord, ProcessRecord
 from elasticmoe.common.ties import take_in_orphans
+from elasticmoe.common.wording import counted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROBE_INTERVAL_S = 0.1
@@ -272,7 +273,7 @@ class Launcher:
         killed = self._orphans.end(grace_s, lambda: bool(self._num_interrupts))
         if killed and not self._num_interrupts:
             self.num_unclean += killed
-            self._console.line(f"killed {killed} processes that {name} had left behind")
+            self._console.line(f"killed {counted(killed, 'process', 'processes')} that {name} had left behind")
 
     def _wait(self, child: Child, grace_s: float) -> bool:
         """Whether `child` ended in time; an interrupt cuts the time short."""

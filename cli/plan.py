@@ -13,6 +13,7 @@ from elasticmoe.cli.admin import add_target, admin_of, body_of, check_target
 from elasticmoe.cli.console import size
 from elasticmoe.cli.paths import run_dir_of
 from elasticmoe.cli.terminal import say_json, show
+from elasticmoe.common.wording import counted
 
 HELP = "show what scaling would move, and what it would cost"
 
@@ -56,8 +57,8 @@ def render(plan: dict[str, Any]) -> RenderableType:
             size(device["peak_bytes"]),
         )
     lines = Text(
-        f"copied      {planned['experts_moved']} experts, {size(planned['bytes_copied'])}\n"
-        f"time        {planned['seconds']:.2f} s in {len(plan['legs'])} step{'s' * (len(plan['legs']) > 1)}\n"
+        f"copied      {counted(planned['experts_moved'], 'expert')}, {size(planned['bytes_copied'])}\n"
+        f"time        {planned['seconds']:.2f} s in {counted(len(plan['legs']), 'step')}\n"
         f"pause       {planned['pause_ms']:.0f} ms at most in a stream\n"
         f"memory      {size(planned['bytes_before'])} now, {size(planned['peak_bytes'])} at its peak, "
         f"{size(planned['bytes_after'])} afterwards"
@@ -67,7 +68,9 @@ def render(plan: dict[str, Any]) -> RenderableType:
 
 def headline(kind: str, planned: dict[str, Any]) -> str:
     """One line: from how many replicas to how many, who comes and who goes."""
-    text = f"{kind.replace('_', ' ')}: {planned.get('replicas_before')} → {planned.get('replicas_after')} replicas"
+    after = planned.get("replicas_after")
+    size = counted(after, "replica") if isinstance(after, int) else f"{after} replicas"
+    text = f"{kind.replace('_', ' ')}: {planned.get('replicas_before')} → {size}"
     for name, verb in (("joining", "joins"), ("leaving", "leaves")):
         if planned.get(name):
             text += f"; {', '.join(planned[name])} {verb if len(planned[name]) == 1 else verb[:-1]}"

@@ -12,6 +12,7 @@ from elasticmoe.cli.arguments import WrongUsage, duration, number, whole
 from elasticmoe.cli.paths import run_dir_of
 from elasticmoe.cli.replay import command as replay
 from elasticmoe.cli.terminal import say, say_json
+from elasticmoe.common.wording import counted
 from elasticmoe.services.scaler.policy.words import REASONS
 
 HELP = "let the load decide the number of replicas, or see what would be decided"
@@ -123,7 +124,7 @@ def sentence(decision: dict[str, Any]) -> str:
     if decision["target"] is None:
         return f"{text} ({decision['reason']})"
     done = "ordered" if decision["acts"] else "advised"
-    return f"{decision['replicas']} → {decision['target']} replicas {done}: {text} ({decision['reason']})"
+    return f"{decision['replicas']} → {counted(decision['target'], 'replica')} {done}: {text} ({decision['reason']})"
 
 
 def explained(policy: dict[str, Any]) -> list[str]:
@@ -152,7 +153,7 @@ def explained(policy: dict[str, Any]) -> list[str]:
         lines.append(f"forecast    {evidence['forecast_per_s']:.2f} requests/s in {_time(config['horizon_s'])}")
     if evidence["predicted"] is not None:
         parts = [f"{name} {value:.2f}" for name, value in evidence["predicted"].items() if value is not None]
-        lines.append(f"predicted   at {evidence['of_width']} replicas: {', '.join(parts)}")
+        lines.append(f"predicted   at {counted(evidence['of_width'], 'replica')}: {', '.join(parts)}")
     if evidence["cost_s"] is not None:
         lines.append(f"price       {evidence['cost_s']:.1f} device-seconds, to save {evidence['saved_s']:.1f}")
     if evidence["silent"]:

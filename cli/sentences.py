@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from elasticmoe.common.wording import counted
+
 Event = dict[str, Any]
 
 # By kind: a sentence with the event's facts and `reason` in it. `docs/reference/events.md` says when each comes.
@@ -21,7 +23,7 @@ _SENTENCES = {
     "operation_gives_way": "operation {op_id} gives way to another one: {reason}",
     "operation_ended": "operation {op_id} has ended, {outcome}: {reason}",
     "loss_refused": "a lost device cannot be left out ({code}): {reason}",
-    "policy": "the policy ({mode}), at {replicas} replicas: {reason}, target {target}",
+    "policy": "the policy ({mode}), at {replicas}: {reason}, target {target}",
     "policy_set": "the policy is changed, mode {mode}: {reason}",
     "policy_unreadable": "the policy in the store cannot be read, so its mode is {mode}: {reason}",
     "policy_refused": "the policy's order {op_id} is refused ({code}): {reason}",
@@ -51,5 +53,7 @@ def sentence(event: Event) -> str:
         shown = "".join(f" {name}={value}" for name, value in facts.items())
         text = f"{event.get('kind')}: {event.get('reason')}{shown}"
     else:
+        if facts.get("replicas", "").isdecimal():
+            facts["replicas"] = counted(int(facts["replicas"]), "replica")
         text = form.format_map(_Facts(facts | {"reason": str(event.get("reason"))}))
     return f"{stamp}  epoch {event.get('epoch')}  {text}"

@@ -305,7 +305,7 @@ def _policy(policy: dict[str, Any]) -> RenderableType | None:
     attained = "nothing has ended lately"
     if load.get("attainment") is not None:
         attained = f"kept by {load['attainment']:.1%} lately, {config['attainment']:.1%} wanted"
-    sizes = f"{policy['replicas']} replicas, {policy['target']} wanted"
+    sizes = f"{counted(policy['replicas'], 'replica')}, {policy['target']} wanted"
     wanted = f"first token in {config['ttft_s']:g} s, then one in {config['itl_s']:g} s"
     return Text(f"Policy ({config['mode']}): {sizes}; {wanted}; {attained}")
 

@@ -6,6 +6,7 @@ import signal
 from dataclasses import dataclass
 
 from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED
+from elasticmoe.common.wording import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def decide(
         why = f"restart {len(recent) + 1} of {limits.restarts_max}"
         return ChildState((*recent, at), number), Restart(at, why)
     if exit.is_vital:
-        reason = f"it was restarted {len(recent)} times within {limits.window_s:g} s, which is the limit"
+        reason = f"it was restarted {counted(len(recent), 'time')} within {limits.window_s:g} s, which is the limit"
         return ChildState(recent, state.num_restarts, state.num_failing), Fatal(reason)
     at = now + min(limits.backoff_max_s * 2**state.num_failing, limits.failing_max_s)
     why = f"it does not stay up, and the deployment goes on without it; restart {number} in all"

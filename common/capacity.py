@@ -1,10 +1,12 @@
-"""What a model needs on each device, and what fits: the one place that the launcher asks before a start, the HMM when
-it loads and when it stages a layout, and the planner. So they say the same. Pure; all in bytes.
+"""What a model needs on each device, and whether it fits. Pure; all in bytes.
 
-A device holds weights, its rank's ledger, its mailbox where ranks exchange tokens by such, and KV in handles, at least
-as many as one sequence of full length needs.
-While a layout is staged it holds the weights of both layouts, and no more KV than before. KV takes what the footprint
-leaves beside weights, at least what a device had at the load, and never more than the budget leaves.
+The launcher asks here before a start, the HMM when it loads and when it stages a layout, and the planner for its plans:
+so all of them get the same answer. Longer than other files, so that this arithmetic stays in one place.
+
+A device holds weights, its rank's ledger, a mailbox where ranks exchange tokens by mailboxes, and KV in handles, at
+least as many as one sequence of full length needs. While a layout is staged, the device holds the weights of both
+layouts, and no more KV than before. KV takes what the footprint leaves beside weights, at least what a device had at
+the load, and never more than the budget leaves.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.seat_sizes import BusSizes, LedgerSizes, size_bus, size_ledger, size_mailbox
 from elasticmoe.common.wording import size
 
-AVAILABLE_SHARE = 0.8  # of the memory of devices; the rest is for activations, the processes and everybody else
+AVAILABLE_SHARE = 0.8  # of the memory of devices; the rest is for activations, our processes and all others
 _FIRST_SHARE = 8  # a joiner that gets its experts in the next leg starts with this part of its final KV
 
 
@@ -159,8 +161,12 @@ class DeviceTooSmall(DoesNotFit):
 
 
 class DeviceSizes(NamedTuple):
-    """What one device gets: its records, the sizes of its ledger and its mailbox (0: none), the number of its KV
-    handles."""
+    """What one device gets at a load.
+
+    keys: its weight records; `weights_bytes`: what they take
+    ledger_bytes, mailbox_bytes: of its rank; a mailbox of 0 bytes stands for none
+    num_kv_handles: as many as the load's limit allows and all devices of its replica have room for
+    """
 
     keys: tuple[RecordKey, ...]
     weights_bytes: int
@@ -170,8 +176,14 @@ class DeviceSizes(NamedTuple):
 
 
 class LoadSizes(NamedTuple):
-    """All that a load needs: the model's records, the KV's geometry, one rank's ledger, the bus, and what each device
-    of the layout gets."""
+    """All that a load needs.
+
+    records: of the model
+    kv: how KV blocks lie in KV handles
+    ledger: of one rank
+    bus: of the host
+    devices: what each device of the layout gets, by its name
+    """
 
     records: tuple[RecordSpec, ...]
     kv: KvGeometry
@@ -192,9 +204,10 @@ class LoadSizes(NamedTuple):
 
 
 def budgets_of(config: HmmConfig, available_bytes: int, memory: Mapping[str, MemoryInfo]) -> dict[str, int]:
-    """Of each device, a multiple of the granularity: what the operator says, else most of what it has by `memory`, as
-    its driver says, which parts of an accelerator share equally; without a driver a share of the machine's memory that
-    is available. What a device has, not what is free: an HMM's successor has the same budgets, whatever ranks hold."""
+    """Bytes that each device may use, a multiple of the granularity. What the operator says; else AVAILABLE_SHARE of
+    what the device has, as its driver says (`memory`), shared equally by the parts of one accelerator; without a driver
+    an equal part of that share of `available_bytes`. A driver tells what a device has, not what is free: an HMM's
+    successor has the same budgets, whatever ranks hold."""
     devices = DeviceCount.parse(config.devices)
     granularity = granularity_of(devices, config.granularity)
     names = devices.names()
@@ -286,10 +299,16 @@ def check_layout(layout: Layout, spec: ModelSpec) -> None:
 
 
 class MemoryForecast(msgspec.Struct, frozen=True):
-    """What bounds a plan, in bytes: each device's budget, the footprint (bytes of weights and KV of one device, which
-    KV fills up as weights leave), the ledger of one rank, and KV handles: their size, the fewest that a rank can work
-    with, how many each device of the layout in force has now, and how many a device had at the load; the mailbox of one
-    rank."""
+    """What bounds a plan.
+
+    budgets: bytes of each device of the host
+    footprint: bytes of weights and KV of one device; KV fills it up as weights leave
+    ledger, mailbox: bytes of one rank's; a mailbox of 0 bytes stands for none
+    kv_handle_bytes: bytes of a KV handle
+    kv_handles_min: the fewest KV handles that a rank can work with
+    kv_handles: how many each device of the layout in force has now
+    kv_handles_load: how many a device had at the load; a device gets at least as many where its budget has room
+    """
 
     budgets: dict[str, int]
     footprint: int
@@ -322,8 +341,18 @@ def _kv_beside(memory: MemoryForecast, budget: int, weights: int) -> int:
 
 
 class Instants(NamedTuple):
-    """One leg by device: bytes at its start, while it is staged, after its release; the most of these (`peak`, and
-    `peak_total` summed over devices); KV handles until and from the release. `vacates`: KV has to be cleared first."""
+    """The figures of one leg. Bytes are of weights, KV, ledger and mailbox.
+
+    start: bytes at its start, by device of the layout before
+    staged: bytes while it is staged, by device of both layouts
+    released: bytes after its release, by device of the new layout
+    peak: the most of these, by device of both layouts
+    peak_total: the most bytes of all devices together, at the start or later; later each device counts with the most
+        that it has then
+    kv_handles: until the release, by device of both layouts
+    kv_handles_after: from the release on, by device of the new layout
+    vacates: KV has to be cleared first
+    """
 
     start: dict[str, int]
     staged: dict[str, int]

@@ -30,7 +30,7 @@ from elasticmoe.common.settings import ModelConfig as ModelConfig
 from elasticmoe.common.settings import PoolConfig as PoolConfig
 from elasticmoe.common.settings import RouterConfig as RouterConfig
 from elasticmoe.common.settings import ScalerConfig as ScalerConfig
-from elasticmoe.common.wording import nearest, read, shown
+from elasticmoe.common.wording import counted, nearest, read, shown
 
 PREFIX = "ELASTICMOE_"
 RESERVED = {"CONFIG", "HOME"}  # this file's path, and the command line's cache: not fields
@@ -115,12 +115,13 @@ def _check_topology(config: Common) -> None:
     if not isinstance(config, ModelConfig):
         return
     if config.tp > TP_MAX:
-        raise ConfigError(f"tp {config.tp} exceeds the limit of {TP_MAX}", code="tp_unsupported")
+        raise ConfigError(f"tp {config.tp} (--tp) exceeds the limit of {TP_MAX}", code="tp_unsupported")
     needed = config.replicas * config.tp
     if needed > devices.count:
         raise ConfigError(
-            f"{config.replicas} replicas of tp {config.tp} need {needed} devices, and devices {devices} has "
-            f"{devices.count}: name {DeviceCount(devices.backend, needed)} (--devices) or fewer replicas",
+            f"{counted(config.replicas, 'replica')} of tp {config.tp} {'needs' if config.replicas == 1 else 'need'} "
+            f"{counted(needed, 'device')}, and devices {devices} has {devices.count}: name "
+            f"{DeviceCount(devices.backend, needed)} (--devices) or fewer replicas",
             code="too_few_devices",
         )
 

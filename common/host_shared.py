@@ -10,6 +10,7 @@ import os
 
 from elasticmoe.common.machine import check_group
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.common.wording import size
 from elasticmoe.native import host
 from elasticmoe.native.host import Reservation
 
@@ -49,7 +50,7 @@ class HostShared:
             os.ftruncate(self.fd, nbytes)
             self._map(nbytes)
         except OSError as error:
-            raise DoesNotFit(f"no shared memory of {nbytes} bytes: {error.strerror}") from None
+            raise DoesNotFit(f"no shared memory of {size(nbytes)}: {error.strerror}") from None
 
     def populate(self, offset: int, nbytes: int) -> None:
         """Make the pages of a part now, so that touching it cannot fail. Blocks meanwhile; any thread may. Raises
@@ -58,7 +59,7 @@ class HostShared:
         try:
             host.allocate(self.fd, offset, nbytes)
         except OSError as error:
-            raise DoesNotFit(f"the machine has no memory for {nbytes} bytes: {error.strerror}") from None
+            raise DoesNotFit(f"the machine has no memory for {size(nbytes)}: {error.strerror}") from None
 
     @property
     def pages(self) -> int:

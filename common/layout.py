@@ -19,6 +19,7 @@ from elasticmoe.common.devices.names import LOCAL_HOST, DeviceCount, DeviceId, D
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import EXPERTS_MAX, LAYERS_MAX, RANKS_MAX
+from elasticmoe.common.wording import counted
 
 
 class RankId(msgspec.Struct, frozen=True, order=True, array_like=True):
@@ -160,7 +161,7 @@ def lacking(layout: Layout, devices: DeviceCount) -> str:
     if {seat.device for seat in layout.seats} <= set(devices.names()):
         return ""
     needed = DeviceCount.with_all(used)
-    where = f"the first {needed.count} devices" if not needed.numbers else str(needed)
+    where = f"the first {counted(needed.count, 'device')}" if not needed.numbers else str(needed)
     asked = f"--devices (ELASTICMOE_DEVICES) has to be {needed} or more"
     return f"its replicas lie on {where}, so {asked}; it is {devices} now"
 
@@ -187,7 +188,7 @@ def initial_layout(
     or are more than `slots_max`.
     """
     if not devices or len(devices) % tp:
-        raise ConfigError(f"{len(devices)} devices make no whole replicas of tp={tp}")
+        raise ConfigError(f"{counted(len(devices), 'device')}: no whole replicas of tp={tp}")
     if len(devices) > slots_max:
         raise ConfigError(f"{len(devices)} devices exceed the limit of {slots_max} ranks")
     seats = tuple(Seat(RankId(i // tp, i % tp), i, device) for i, device in enumerate(devices))

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from elasticmoe.common.protocol.errors import DoesNotFit
+from elasticmoe.common.wording import size
 
 ROOT = Path("/")
 _WORTH_A_LOOK = 1 << 20
@@ -47,7 +48,7 @@ def check_group(nbytes: int) -> None:
     where a machine without memory would refuse. Small parts are not worth the look."""
     if nbytes < _WORTH_A_LOOK or (room := group_room()) is None or nbytes <= room:
         return
-    raise DoesNotFit(f"no memory for {nbytes} bytes: the process's control group has room for {room} more")
+    raise DoesNotFit(f"no memory for {size(nbytes)}: the process's control group has room for {size(room)} more")
 
 
 def usable_cores(root: Path = ROOT) -> float:

@@ -11,10 +11,16 @@ from typing import Literal, NamedTuple
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 
+# Labels that a scrape gives to all that a deployment, or one of its listeners, tells: all have them, or none has.
+OF_DEPLOYMENT = "namespace, deployment"
+OF_LISTENER = f"{OF_DEPLOYMENT}, instance"
+
 
 class Measure(NamedTuple):
     """One metric. `name` without the endings that Prometheus' text adds. `source`: whose state it is. `alert`: a PromQL
-    condition that deserves attention, empty for what belongs on a dashboard; `why`: what that says, and what to do."""
+    condition that deserves attention once it has held for `held` (a PromQL duration; empty: at once), empty for what
+    belongs on a dashboard; `why`: what that says, and what to do. An alert that adds up or compares does so within a
+    deployment: `OF_DEPLOYMENT`, or its one listener: `OF_LISTENER`."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -23,6 +29,7 @@ class Measure(NamedTuple):
     alert: str = ""
     why: str = ""
     source: Literal["router", "scaler", "ranks"] = "router"
+    held: str = ""
 
     @property
     def exposed(self) -> str:

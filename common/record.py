@@ -39,8 +39,14 @@ class ProcessRecord(msgspec.Struct, frozen=True):
 
 
 class DownRecord(msgspec.Struct, frozen=True):
-    """A process of the deployment that does not run now and is started again. `at`: Unix time in seconds of that.
-    `is_failing`: it does not stay up."""
+    """A process of the deployment that does not run now and is started again.
+
+    name: of the process
+    restarts: how often it was started again, the one to come included
+    reason: how it ended, and the last line of its log
+    at: Unix time in seconds at which it is started again
+    is_failing: it does not stay up, and the deployment goes on without it until then
+    """
 
     name: _Text
     restarts: Annotated[int, Meta(ge=0)]
@@ -50,8 +56,21 @@ class DownRecord(msgspec.Struct, frozen=True):
 
 
 class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """One deployment. `started_at`: Unix time in seconds. `store`: the server that holds its layout, without password;
-    empty for the embedded one. `state_format`: STATE_FORMAT of the version that started it."""
+    """One deployment. The launcher owns it and writes it whole at each change.
+
+    state: what the launcher does with it now
+    launcher: the launcher's own process
+    processes: its children that run; `down`: those that do not run now and are started again
+    model: folder of the checkpoint; `served_name`: what clients call it
+    dtype: of weights and KV
+    devices: as they were configured; `tp`: devices of one replica
+    url, port: of the listener for clients
+    admin_url, admin_port: of the admin listener
+    started_at: Unix time in seconds
+    compute: the backend that ranks compute with
+    store: the server that holds its layout, without user and password; empty for the embedded one
+    state_format: STATE_FORMAT of the version that started it; 0 of one that did not write it down
+    """
 
     state: Literal["starting", "serving", "stopping"]
     launcher: ProcessRecord

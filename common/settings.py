@@ -48,7 +48,8 @@ Devices = Annotated[
     str,
     Meta(pattern=COUNT_PATTERN),
     _is(
-        "The devices that the deployment may use: N slices of this machine, or accelerators by their numbers",
+        "The devices that the deployment may use: N slices of this machine, or accelerators by their numbers. "
+        "`elasticmoe up` without it takes twice as many as the replicas need, where memory allows",
         form=f"`host:N`, N from 1 to {RANKS_MAX}; `npu:0-7`; `cuda:0,cuda:2`; `cuda:0/4`, four on one GPU",
     ),
 ]

@@ -31,6 +31,14 @@ from scripts import boards, chart
 _ROOT = Path(__file__).resolve().parent.parent
 FOLDER = _ROOT / "docs" / "reference"
 RULES = _ROOT / "deploy" / "prometheus" / "alerts.json"
+# The alert that no metric of ours has: of a listener that tells none. All others are silent then.
+TARGET_DOWN = (
+    'up{job=~".*elasticmoe.*"} == 0',
+    "1m",
+    "A listener cannot be scraped",
+    "The router or the scaler of a deployment does not answer: `elasticmoe status` there says which. Other alerts say "
+    "nothing of it meanwhile.",
+)
 _MADE = "<!-- Made by `make docs` from the code: do not edit. -->"
 # The processes by the settings that they read.
 _SERVICES = {
@@ -173,7 +181,8 @@ def _command(name: str, parser: argparse.ArgumentParser) -> str:
         if action.help != argparse.SUPPRESS
         and not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)
     ]
-    return f"## `{name}`\n\n{text[:1].upper()}{text[1:]}.\n\n" + (table(("flag", ""), rows) + "\n" if rows else "")
+    told = f"## `{name}`\n\n{text[:1].upper()}{text[1:]}.\n\n" + (table(("flag", ""), rows) + "\n" if rows else "")
+    return told + (f"```text\n{parser.epilog.rstrip()}\n```\n\n" if parser.epilog else "")
 
 
 def _flag(action: argparse.Action) -> str:
@@ -214,14 +223,17 @@ elasticmoe down
 
 Prometheus text from two listeners: the router's asks for no key, the scaler's for the admin token. Names with `vllm:`
 are vLLM's, with its meaning, so that its dashboards work. A histogram is scraped as `_bucket`, `_sum` and `_count`.
-Alerts are suggestions in PromQL: their figures are for you to change. What has none belongs on a dashboard.
+Alerts are suggestions in PromQL: their figures are for you to change. What has none belongs on a dashboard. Give what
+you scrape a label `deployment` where Prometheus sees several (`deploy/prometheus/prometheus.yml` does): alerts add up
+and compare within one.
 `deploy/prometheus/` has them as a file of rules, and a configuration that scrapes both listeners and reads it.
 
 {chr(10).join(sections)}"""
 
 
 def _measure(measure: Measure) -> tuple[str, ...]:
-    alert = f"`{measure.alert}`: {_linked(measure.why)}" if measure.alert else ""
+    held = f" for {measure.held}" if measure.held else ""
+    alert = f"`{measure.alert}`{held}: {_linked(measure.why)}" if measure.alert else ""
     labels = ", ".join(f"`{label}`" for label in measure.labels)
     return f"`{measure.exposed}`", measure.kind, labels, measure.text, alert
 
@@ -229,15 +241,17 @@ def _measure(measure: Measure) -> tuple[str, ...]:
 def rules() -> str:
     """The alerts that metrics suggest, as a file of rules: JSON, which Prometheus reads as the YAML that it is."""
     alerts = [
-        {
-            "alert": _alert_name(measure),
-            "expr": measure.alert,
-            "annotations": {"summary": measure.text, "description": measure.why},
-        }
+        _rule(_alert_name(measure), measure.alert, measure.held, measure.text, measure.why)
         for measure in (*router_measures.MEASURES, *scaler_measures.MEASURES)
         if measure.alert
     ]
+    alerts.append(_rule("ElasticMoETargetDown", *TARGET_DOWN))
     return json.dumps({"groups": [{"name": "elasticmoe", "rules": alerts}]}, indent=2) + "\n"
+
+
+def _rule(name: str, expr: str, held: str, summary: str, description: str) -> dict[str, Any]:
+    annotations = {"summary": summary, "description": description}
+    return {"alert": name, "expr": expr} | ({"for": held} if held else {}) | {"annotations": annotations}
 
 
 def _alert_name(measure: Measure) -> str:

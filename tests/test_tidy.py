@@ -52,6 +52,19 @@ SOLE_IMPORTERS = {
     "elasticmoe.common.devices.host": "common/devices/factory.py",  # who needs a device asks the factory
     "elasticmoe.common.devices.ascend": "common/devices/factory.py",
     "elasticmoe.common.devices.cuda": "common/devices/factory.py",
+    "elasticmoe.services.worker.backends.host": "services/worker/backends/factory.py",  # likewise who computes
+    "elasticmoe.services.worker.backends.torch": "services/worker/backends/factory.py",
+    "elasticmoe.services.worker.backends.accelerator": (
+        "services/worker/backends/factory.py",
+        "services/worker/backends/accelerator/",
+    ),
+    "elasticmoe.services.worker.exchange.shm": "services/worker/exchange/factory.py",  # and who exchanges
+    "elasticmoe.services.worker.exchange.torch_dist": "services/worker/exchange/factory.py",
+    "elasticmoe.services.worker.exchange.mailbox": (
+        "services/worker/exchange/factory.py",
+        "services/worker/hmm/mailboxes.py",  # which maps the memory
+    ),
+    "elasticmoe.services.worker.exchange.shm_barrier": "services/worker/rank/assembly.py",
     "elasticmoe.native.host": (
         "common/devices/",
         "common/host_shared.py",

@@ -11,6 +11,7 @@ LIBRARY = re.compile(
     r"msgspec|zmq|ZMQ|httpx|httpcore|urllib|pydantic|starlette|FastAPI|jsondecode|JSONDecodeError|ValidationError|"
     r"Expecting value|Extra data|line \d+ column|[A-Z]\w+(?:Error|Exception|Timeout)\b|None\b|nan is|NoneType"
 )
+PLURAL_OF_ONE = re.compile(r"(?<![\d.,:-])1 (?:other |more )?[a-z]+(?<!s)s\b(?! of\b)")
 CODE = re.compile(r"[a-z][a-z0-9_]{2,40}")
 TEXT_CHARS_MAX = 500
 
@@ -18,6 +19,8 @@ TEXT_CHARS_MAX = 500
 def faults_of(code: str, text: str) -> list[str]:
     """What is wrong with an error as a user meets it; nothing, if it is as it should be."""
     found = [f"a library's words: {match[0]!r}"] if (match := LIBRARY.search(text)) else []
+    if match := PLURAL_OF_ONE.search(text):
+        found.append(f"more than one of it: {match[0]!r}")
     if not CODE.fullmatch(code):
         found.append(f"no code: {code!r}")
     if not text.strip() or "\n" in text:

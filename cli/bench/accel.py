@@ -39,6 +39,7 @@ from elasticmoe.common.config import environment_of
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.layout import COMPUTES
 from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.wording import counted
 
 _KINDS: Final = ("npu", "cuda")
 _FAILURES: Final = (  # of a step whose deployment, child or answer is not as it should be: the others go on
@@ -181,7 +182,7 @@ class _Accelerators:
         changes = [change for run in data["runs"] for change in run["run"]["figures"]]
         told = [f"{one['direction']} {one['done_s']:.3g} s, pause {one['pause_ms']:.3g} ms" for one in changes]
         failed = sum(one["failed"] for one in changes)
-        return failed == 0, f"{'; '.join(told)}; {failed} requests failed", data
+        return failed == 0, f"{'; '.join(told)}; {counted(failed, 'request')} failed", data
 
     def decode(self) -> tuple[bool, str, Any]:
         """See the module's text."""

@@ -18,6 +18,7 @@ from elasticmoe.cli.bench import (
     serve,
     slo,
 )
+from elasticmoe.cli.endings import ends_as_by_ctrl_c
 from elasticmoe.common.protocol.errors import ElasticMoEError
 
 HELP = "measure this machine: prints a table, writes raw data and a plot"
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen benchmark. Raises ElasticMoEError when nothing could be measured."""
     try:
-        return int(args.bench(args))
+        with ends_as_by_ctrl_c():
+            return int(args.bench(args))
     except ValueError as error:
         raise ElasticMoEError(str(error), code="nothing_measured") from None

@@ -27,6 +27,7 @@ from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.record import DeploymentRecord, read_record
+from elasticmoe.common.wording import counted
 
 COMMAND = [sys.executable, "-m", "elasticmoe.cli.main"]
 _TURN_S = 0.02
@@ -48,7 +49,7 @@ def first_of(given: str, num: int) -> str:
         return str(DeviceCount("host", num))
     all_ = DeviceCount.parse(given)
     if all_.count < num:
-        raise ValueError(f"--devices {given}: {num} devices are needed")
+        raise ValueError(f"--devices {given}: {counted(num, 'device')} needed")
     return str(all_.first(num))
 
 
@@ -223,7 +224,7 @@ class Deployment:
             if time.monotonic() > deadline:
                 for pid in left:  # ours: only what we started has our folder's name in its environment
                     os.kill(pid, signal.SIGKILL)
-                raise ValueError(f"{len(left)} processes outlived their launcher and were killed")
+                raise ValueError(f"{counted(len(left), 'process', 'processes')} outlived the launcher: killed")
             await asyncio.sleep(_TURN_S * 5)
         self._launcher.poll()
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from elasticmoe.cli.admin import connect
 from elasticmoe.cli.arguments import whole
 from elasticmoe.cli.bench.deployment import running
-from elasticmoe.cli.bench.report import provenance, table, write_raw
+from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.settings import parse_seconds
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.record import read_record
@@ -40,8 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", metavar="MODEL", help="name or path of the model (tiny)")
     parser.add_argument("--replicas", type=whole(1), default=2, metavar="N", help="replicas that wait (2)")
     parser.add_argument("--seconds", type=parse_seconds, default=30.0, metavar="S", help="how long it is watched (30)")
-    folder = Path("benchmarks/results")
-    parser.add_argument("--output", type=Path, default=folder, metavar="DIR", help=f"folder of the raw data ({folder})")
+    add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:

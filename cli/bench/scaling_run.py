@@ -27,6 +27,7 @@ from elasticmoe.cli.bench.scaling_methods import Kind, Outcome, Scene
 from elasticmoe.cli.load.client import Load, Target
 from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.load.sample import Sample
+from elasticmoe.common.wording import counted
 
 DIRECTIONS = ("up", "down")  # of the two commands of a run
 
@@ -152,7 +153,7 @@ def check_steady(requests: list[Sample]) -> None:
     """Raises ValueError when requests fail, or none is served, before anything has been changed."""
     failed = [request.error for request in requests if request.error]
     if failed:
-        raise ValueError(f"{len(failed)} requests failed before the first command; one with: {failed[0]}")
+        raise ValueError(f"{counted(len(failed), 'request')} failed before the first command; one with: {failed[0]}")
     if not any(request.arrivals for request in requests):
         raise ValueError("no token came before the first command")
 

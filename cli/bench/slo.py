@@ -26,6 +26,7 @@ from elasticmoe.cli.terminal import say
 from elasticmoe.cli.traces.arrival import Arrival
 from elasticmoe.cli.traces.scale import figures_of as trace_figures
 from elasticmoe.common.protocol.errors import ConfigError
+from elasticmoe.common.wording import counted
 from elasticmoe.services.scaler.policy.config import policy_config
 
 AIMS = {COLD_RESTART: 1 / 5, HORIZONTAL: 1 / 2}  # violations of ours over the baseline's, at the most
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         data.setdefault("traces", []).append({"seed": seed, "seconds": seconds, **_told(arrivals)})
     for seed, (arrivals, seconds) in drawn.items():
         for method in methods:
-            say(f"seed {seed}, {len(arrivals)} requests in {seconds:g} s, {method}: ", end="")
+            say(f"seed {seed}, {counted(len(arrivals), 'request')} in {seconds:g} s, {method}: ", end="")
             try:
                 found = SloResult(method, seed, uvloop.run(run_once(recipe, method, arrivals, seconds, seed)))
             except ValueError as error:
@@ -137,7 +138,7 @@ def methods_of(args: argparse.Namespace) -> list[str]:
         raise ValueError(f"--replicas-min {least} has to be below --replicas-max {most}")
     if HORIZONTAL in names and (least < 2 or most % least):
         raise ValueError(
-            f"{HORIZONTAL}: its copies have --replicas-min {least} replicas; that has to be 2 at least, for less than "
+            f"{HORIZONTAL}: its copies have --replicas-min {least}; that has to be 2 at least, for less than "
             f"1 is never advised, and a divisor of --replicas-max {most}"
         )
     loaded = [name + LOADED for name in (COLD_RESTART, HORIZONTAL) if name in names and args.load_s]

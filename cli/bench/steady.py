@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import msgspec
 
 from elasticmoe.cli.load.sample import Sample, percentile
+from elasticmoe.common.wording import counted
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -27,7 +28,7 @@ def figures(samples: Sequence[Sample], concurrency: int) -> Figures:
     """Sum up one run. Raises ValueError when no request succeeded."""
     good = [sample for sample in samples if not sample.error and sample.arrivals]
     if not good:
-        raise ValueError(f"all {len(samples)} requests failed; the first with: {samples[0].error}")
+        raise ValueError(f"{counted(len(samples), 'request')} sent, all failed; the first with: {samples[0].error}")
     start = min(sample.sent for sample in good)
     end = max(sample.arrivals[-1] for sample in good)
     ttft = sorted((sample.arrivals[0] - sample.sent) * 1e3 for sample in good)

@@ -9,6 +9,7 @@ import msgspec
 from elasticmoe.cli.load.histogram import Histogram
 from elasticmoe.cli.load.result import Totals
 from elasticmoe.cli.traces.scale import Fitted, TraceFigures
+from elasticmoe.common.wording import counted
 
 LAG_S_MAX = 0.05  # p99: beyond it the client's own lateness is part of what is measured
 CPU_SHARE_MAX = 0.8
@@ -57,7 +58,7 @@ class Report:
         spread = " / ".join(_number(value) for value in found.dispersion.values())
         windows = " / ".join(str(seconds) for seconds in found.dispersion)
         lines = [
-            f"{self.source}: {found.num} requests in {found.duration_s:.1f} s, {found.rate:.2f} per second",
+            f"{self.source}: {counted(found.num, 'request')} in {found.duration_s:.1f} s, {found.rate:.2f} per second",
             f"bursts      gap CV {_number(found.gap_cv)}; variance/mean of counts {spread} in {windows} s; "
             f"fullest 10 s over the mean {_number(found.peak_ratio)}",
             f"tokens      {found.input_tokens:.0f} in, {found.output_tokens:.0f} out, on average",
@@ -65,7 +66,8 @@ class Report:
         if fitted.factor < 1 or fitted.num_cut:
             lines.append(f"lengths     times {fitted.factor:.3g}, to fit the model; {fitted.num_cut} cut all the same")
         if self.num_without_output:
-            lines.append(f"left out    {self.num_without_output} requests that made nothing where they were recorded")
+            left_out = counted(self.num_without_output, "request")
+            lines.append(f"left out    {left_out} that made nothing where they were recorded")
         return "\n".join(lines)
 
     def json(self) -> dict[str, Any]:
@@ -141,7 +143,7 @@ class Report:
                 f"it may be what limits the load"
             )
         if num := self.totals.outcomes["not_sent"]:
-            found.append(f"{num} requests were not sent: all connections were in use (--connections-max)")
+            found.append(f"{counted(num, 'request')} not sent: all connections were in use (--connections-max)")
         return found
 
 

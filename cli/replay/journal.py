@@ -13,6 +13,7 @@ from elasticmoe.cli.terminal import say, say_json
 from elasticmoe.common.config import Common, load
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError
 from elasticmoe.common.store import DECISION_BYTES_MAX, DECISIONS_MAX, store_of
+from elasticmoe.common.wording import counted
 from elasticmoe.services.scaler.control.replay import Remade, replay_records
 
 _MAGIC = b"elasticmoe journal 1\n"
@@ -96,7 +97,8 @@ def tell(records: list[bytes], *, as_json: bool) -> int:
     ours, others = ([one for one in whole if (one.kind == "load") == is_ours] for is_ours in (True, False))
     other = [one for one in whole if one.difference]
     if not ours and not other:
-        text = f"the journal has no decision of the policy: {len(records)} records, {num_unread} of another release"
+        found = f"{counted(len(records), 'record')}, {num_unread} of another release"
+        text = f"the journal has no decision of the policy: {found}"
         raise ElasticMoEError(text, code="nothing_recorded")
     if as_json:
         say_json(_as_json(ours, others, other, len(made) - len(whole), num_unread))
@@ -107,7 +109,8 @@ def tell(records: list[bytes], *, as_json: bool) -> int:
     say(
         f"{len(ours)} turns of the policy made again ({', '.join(f'{n} {name}' for name, n in reasons.most_common())}),"
     )
-    say(f"{len(others)} other decisions; {len(other)} come out otherwise")
+    verb = "comes" if len(other) == 1 else "come"
+    say(f"{counted(len(others), 'other decision')}; {len(other)} {verb} out otherwise")
     if len(made) > len(whole) or num_unread:
         say(f"left out: {len(made) - len(whole)} whose plan the journal has no more, {num_unread} of another release")
     return 1 if other else 0

@@ -12,6 +12,7 @@ import msgspec
 from elasticmoe.cli.replay.model import Actuation, DeploymentModel
 from elasticmoe.cli.replay.replica import Replica, Stream
 from elasticmoe.cli.traces.arrival import Arrival
+from elasticmoe.common.wording import counted
 
 PREFILL_PER_STREAM = 256  # queued tokens that weigh as much as a stream, for the router
 
@@ -108,7 +109,7 @@ class Plant:
     def order(self, width: int) -> None:
         """From now on, `width` replicas are wanted. Those that come are given up first. Raises ValueError below 1."""
         if width < 1:
-            raise ValueError(f"{width} replicas; 1 is the least")
+            raise ValueError(f"{counted(width, 'replica')}; 1 is the least")
         before = self.wanted
         if width == before:
             return

@@ -59,7 +59,7 @@ class Ours:
         facts = DeploymentFacts(
             width=plant.width,
             changed_s=self._changed_s,
-            operation=self._operation_facts(plant, now),
+            operation=self._operation_facts(plant),
             last_op=self._last_op,
             reaction_s=plant.actuation.delay_s,
         )
@@ -85,11 +85,11 @@ class Ours:
             self._last_op, self._changed_s = decision.op_id, now
         return decision.target
 
-    def _operation_facts(self, plant: Plant, now: float) -> OperationFacts | None:
+    def _operation_facts(self, plant: Plant) -> OperationFacts | None:
         if self._operation is None:
             return None
         op_id, target, since = self._operation
-        return OperationFacts(op_id, "grow", target, now - since, plant.actuation.delay_s)
+        return OperationFacts(op_id, "grow", target, since, plant.actuation.delay_s)
 
     def _hear(self, plant: Plant, seen: Seen) -> None:
         self._number += 1

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _interruptible(args: argparse.Namespace, console: Console) -> TourFigures:
-    """The tour, which SIGINT and SIGTERM cancel once; what stops the deployment is not interrupted again."""
+    """The tour, which SIGINT, SIGTERM and SIGHUP cancel once; what stops the deployment is not interrupted again."""
     loop, work = asyncio.get_running_loop(), asyncio.create_task(_tour(args, console))
     is_asked = False
 
@@ -74,7 +74,7 @@ async def _interruptible(args: argparse.Namespace, console: Console) -> TourFigu
             work.cancel()
         is_asked = True
 
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(each, interrupt)
     return await work
 

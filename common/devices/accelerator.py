@@ -20,6 +20,7 @@ from elasticmoe.common.devices.names import DeviceId
 from elasticmoe.common.devices.rules import PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space
 from elasticmoe.common.devices.torch_devices import check_torch, open_torch, prepare_torch, storage_at
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
+from elasticmoe.common.wording import size
 from elasticmoe.native import host
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class AcceleratorDevice(Device):
         try:
             memory = Memory(self._driver.create(self._index, nbytes))
         except DoesNotFit as error:
-            raise DoesNotFit(f"{self.name}: {nbytes} bytes: {error.message}") from None
+            raise DoesNotFit(f"{self.name}: {size(nbytes)}: {error.message}") from None
         self._made[space] += nbytes
         return memory, 0
 
@@ -197,7 +198,7 @@ class AcceleratorDevice(Device):
         try:
             return self._driver.reserve(self._index, nbytes), None
         except DoesNotFit as error:
-            raise DoesNotFit(f"{self.name}: no address space for {nbytes} bytes: {error.message}") from None
+            raise DoesNotFit(f"{self.name}: no address space for {size(nbytes)}: {error.message}") from None
 
     def _unreserve(self, range_: Range) -> None:
         for address in [one for one in self._mapped if range_.base <= one < range_.base + range_.nbytes]:

@@ -23,6 +23,7 @@ from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
 from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import Handle, KeyToken, Space, Token
 from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.wording import counted
 
 _REPEATED_INIT: Final = 100002  # another library of this process, such as torch_npu, was first
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # aclrtMemcpyKind
@@ -131,7 +132,8 @@ class _AclDriver(Driver):
         count = c_uint32()
         self.library.call("aclrtGetDeviceCount", byref(count))
         if device >= count.value:
-            text = f"there is no npu:{device}: the driver shows {count.value} devices (ASCEND_RT_VISIBLE_DEVICES)"
+            shown = counted(count.value, "device")
+            text = f"there is no npu:{device}: the driver shows {shown} (ASCEND_RT_VISIBLE_DEVICES)"
             raise DeviceError(text, code="no_device")
 
     def open(self, device: int) -> None:

@@ -24,6 +24,7 @@ from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
 from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import FdToken, Handle, Space, Token
 from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.wording import counted
 
 _DESCRIPTOR: Final = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 _READ, _READ_AND_WRITE = 1, 3  # CUmemAccess_flags
@@ -143,7 +144,8 @@ class _CudaDriver(Driver):
         count = c_int()
         self.library.call("cuDeviceGetCount", byref(count))
         if device >= count.value:
-            text = f"there is no cuda:{device}: the driver shows {count.value} devices (CUDA_VISIBLE_DEVICES)"
+            shown = counted(count.value, "device")
+            text = f"there is no cuda:{device}: the driver shows {shown} (CUDA_VISIBLE_DEVICES)"
             raise DeviceError(text, code="no_device")
         for attribute, what in _NEEDED.items():
             has = c_int()

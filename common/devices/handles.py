@@ -129,7 +129,7 @@ class Handles(ABC):
             raise DoesNotFit(f"{self.name}: {size(nbytes)} do not fit: {size(used)} of {size(self.budget)} are in use")
         place = self._place(nbytes, space, at)
         if place is None:
-            raise DoesNotFit(f"{self.name}: no gap of {nbytes} bytes is left in {self.reach} bytes of places")
+            raise DoesNotFit(f"{self.name}: no gap of {size(nbytes)} is left in places for {size(self.reach)}")
         try:
             backing, key = make(nbytes, space, place)
         except BaseException:

@@ -32,6 +32,7 @@ from elasticmoe.common.devices.rules import (
 from elasticmoe.common.devices.torch_devices import storage_at
 from elasticmoe.common.machine import check_group
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.common.wording import size
 from elasticmoe.native import host
 
 # Memory that nobody has touched is written through its file from here on: mapping its pages first, one by one, would
@@ -127,7 +128,7 @@ class HostDevice(Device):
             if os.fstat(file.fd).st_size < place + nbytes:
                 os.ftruncate(file.fd, place + nbytes)
         except OSError as error:
-            raise DoesNotFit(f"{self.name}: no file of {place + nbytes} bytes: {error.strerror}") from None
+            raise DoesNotFit(f"{self.name}: no file of {size(place + nbytes)}: {error.strerror}") from None
         return Extent(file.fd, place), 0
 
     def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Extent:
@@ -160,7 +161,7 @@ class HostDevice(Device):
             raise DoesNotFit(f"{self.name}: {error.message}") from None
 
     def _no_memory(self, nbytes: int, error: OSError) -> DoesNotFit:
-        return DoesNotFit(f"{self.name}: the machine has no memory for {nbytes} bytes: {error.strerror}")
+        return DoesNotFit(f"{self.name}: the machine has no memory for {size(nbytes)}: {error.strerror}")
 
     def _reclaim(self, handle: Handle, offset: int, nbytes: int) -> None:
         extent: Extent = handle.backing
@@ -242,7 +243,7 @@ class HostDevice(Device):
         try:
             reservation = host.Reservation(nbytes, max(self.granularity, self.large_page_bytes * is_large))
         except OSError as error:
-            raise DoesNotFit(f"{self.name}: no address space for {nbytes} bytes: {error.strerror}") from None
+            raise DoesNotFit(f"{self.name}: no address space for {size(nbytes)}: {error.strerror}") from None
         return reservation.base, reservation
 
     def _unreserve(self, range_: Range) -> None:

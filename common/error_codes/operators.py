@@ -30,7 +30,7 @@ OPERATORS: dict[str, Code] = {
     "conflict": Code("The state does not allow it now", "See the text", (409,)),
     "operation_running": Code("Another operation is in progress", "Try again when it has ended", (409,), True),
     "op_id_reused": Code(
-        "An operation of this `op_id` exists with another request", "Let each operation have an id of its own", (409,)
+        "An operation of this `op_id` exists with another target", "Let each operation have an id of its own", (409,)
     ),
     "policy_changed": Code(
         "The policy is not what the writer has seen: somebody else has changed it meanwhile",

@@ -11,7 +11,7 @@ START: dict[str, Code] = {
     ),
     "no_opentelemetry": Code(
         "Traces are asked for, and OpenTelemetry is not installed",
-        "`pip install 'elasticmoe[otel]'`, or leave `otlp_endpoint` empty",
+        "`pip install '.[otel]'` in a checkout, or leave `otlp_endpoint` empty",
     ),
     "no_compute": Code(
         "What `compute` names does not compute on the devices", "Leave `compute` at auto, or use what the text names"

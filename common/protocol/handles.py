@@ -18,8 +18,14 @@ from elasticmoe.common.protocol.replies import Refused
 
 
 class Attach(Message, frozen=True):
-    """Rank -> HMM: hand me the memory of my seat. `resume`: only watch this connection; I already hold the mappings
-    (sent by a living rank to a restarted HMM). `importer`: by what the owner of its device admits this process."""
+    """Rank -> HMM: hand me the memory of my seat.
+
+    rank, slot, device: the seat
+    incarnation: of the rank's process
+    resume: only watch this connection, I already hold the mappings; sent by a living rank to a restarted HMM, or after
+        it has ended the connection itself
+    importer: the number by which the owner of its device admits this process; 0 where its driver asks for none
+    """
 
     rank: RankId
     slot: Annotated[int, Meta(ge=0, le=63)]
@@ -54,9 +60,9 @@ class SharedHandle(Message, frozen=True, tag=False):
 
 
 class ShareHandles(Message, frozen=True):
-    """HMM -> rank: handles that a SeatMemory is about to name: as many messages of them as are needed, so that each has
-    descriptors within a message's limit, and whoever takes them can close those of one before the next. A rank that
-    has a handle already passes it over; it drops those that the next SeatMemory does not name.
+    """HMM -> rank: handles that a SeatMemory is about to name. There are as many of these messages as are needed: each
+    has descriptors within a message's limit, and the rank can close those of one message before it takes the next one.
+    A rank passes over a handle that it has already; it drops those that the next SeatMemory does not name.
     """
 
     handles: tuple[SharedHandle, ...]
@@ -91,15 +97,20 @@ class SharedMailbox(Message, frozen=True, tag=False):
 
 
 class SeatMemory(Message, frozen=True):
-    """HMM -> rank: all that a rank has mapped from now on, beside bus and ledger. Whoever has more unmaps it, whoever
-    has less maps it. Answered by Applied when that is done, perhaps after many steps.
+    """HMM -> rank: all that a rank has mapped from now on, beside bus and ledger. The rank unmaps what is not named
+    here and maps what it lacks. Answered by Applied when that is done, perhaps after many steps.
 
-    Handles are named by ids that ShareHandles has told before. `revision` grows with each that the HMM sends. `kv`:
-    handles in order of their blocks; fewer than before: the blocks
-    behind them are vacated first. `routings`: by epoch, of every layout that a generation of the bus may name.
-    `doorbells[i]` is the fd index of the eventfd of `slots[i]`: a rank sleeps on its own and rings the others'.
-    `mailboxes`: of those of `slots` that have one, where the exchange needs any. `replica`: slots of the ranks of the
-    seat's replica, by tp index; they are the same for as long as the seat is there.
+    Handles are named by ids that ShareHandles has told before.
+
+    revision: grows with each that the HMM sends, across its restarts too
+    records: the seat's weight records
+    kv: handles in order of their blocks; where they are fewer than before, the blocks behind them are vacated first
+    routings: by epoch, of every layout that a generation of the bus may name
+    slots: of the seats of these layouts, ascending
+    doorbells: `doorbells[i]` is the fd index of the eventfd of `slots[i]`; a rank sleeps on its own and rings the
+        others'
+    mailboxes: of those of `slots` that have one, where the exchange needs any
+    replica: slots of the ranks of the seat's replica, by tp index; the same for as long as the seat is there
     """
 
     revision: int
@@ -115,10 +126,17 @@ class SeatMemory(Message, frozen=True):
 class AttachReply(Message, frozen=True):
     """HMM -> rank: yes; what it is handed follows, as ShareHandles and SeatMemory. Weights are shared read-only.
 
-    `memory_id` names this memory's creation: a rank that resumes leaves where it is another one than it has mapped.
-    `fingerprint`: of `spec`, by whoever loaded it: a rank that would read records or KV in another way maps nothing.
-    `exchange`: by which its ranks exchange tokens.
     A rank that attached anew has applied the first SeatMemory when it says RankReady; it answers Applied too.
+
+    memory_id: names this memory's creation; a rank that resumes leaves where it is another one than it has mapped
+    spec: of the model that is loaded
+    fingerprint: of `spec`, made by the HMM that loaded it; a rank that would read records or KV in another way maps
+        nothing
+    granularity: of the device's memory, bytes
+    kv_geometry: how KV blocks lie in KV handles
+    kv_bytes_reserved: address space for all KV that the device could ever hold, a multiple of a KV handle's bytes
+    bus, ledger: memory of the host: all ranks share the one, the seat has the other
+    exchange: how its ranks exchange tokens
     """
 
     memory_id: str

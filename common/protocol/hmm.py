@@ -22,9 +22,16 @@ class LoadModel(Message, frozen=True):
     """Create all page handles of `layout` and fill them from the checkpoint; answered at once by Ack or Refused, then
     watched with GetHmmStatus. Idempotent for the same `op_id`.
 
-    `kv_bytes_max`: KV memory per device; the device's budget may allow less. `max_tokens`: most tokens of one rank in
-    one step; `max_sequences`: ledger rows per rank. `exchange`: by which ranks exchange tokens, for whose life its
-    memory is made.
+    op_id: name of the load
+    model_path: folder of the checkpoint
+    dtype: of weights and KV
+    layout: which record is to lie on which device
+    block_size: tokens of a KV block
+    kv_bytes_max: bytes of KV on each device at the most; the device's budget may allow less
+    max_tokens: most tokens of one rank in one step
+    max_sequences: ledger rows of one rank
+    max_model_len: tokens of the longest sequence, prompt and output together
+    exchange: how ranks exchange tokens, for as long as they live; it decides which memory is made for that
     """
 
     op_id: OpId
@@ -70,9 +77,13 @@ class StageLayout(Message, frozen=True):
     """Make everything that `layout` needs beside what the layout in force uses: PREPARE. Answered at once by Ack or
     Refused, then watched with GetHmmStatus (`HmmStatus.transition`). Idempotent for the same `id`.
 
-    `layout.epoch` is one above the epoch in force. `kv_handles[device]`: KV handles of each device of both layouts from
-    now until the release; where that is fewer than now, the device's rank vacates them first. `kv_handles_after`: from
-    the release on, for the devices of `layout`. `bytes_per_s_max`: of all copies together, 0 for no limit.
+    id: operation, leg and attempt
+    layout: the new one; `layout.epoch` is one above the epoch in force
+    copies: exactly the records that devices of `layout` lack, each named once for each device
+    kv_handles: KV handles by device of both layouts, from now until the release; a device that is in use gets no more
+        than it has, and where it gets fewer, its rank vacates them first
+    kv_handles_after: KV handles by device of `layout`, from the release on; never fewer than `kv_handles`
+    bytes_per_s_max: limit of all copies together, 0 for none
     """
 
     id: TransitionId
@@ -111,15 +122,21 @@ class AbortLayout(Message, frozen=True):
 
 
 class CopyBlocks(Message, frozen=True):
-    """Rank -> HMM: copy KV blocks of my device (`source`) to blocks that another rank keeps for me (`target`), as
-    (source block, target block). Answered by Ack when the copy is complete, or Refused: `stale_incarnation` when one of
-    the two ranks is not the one attached to its slot. Not fenced by an epoch: the incarnations fence it. Between
-    replicas of several ranks their first ones are named, and the others' blocks of the same numbers are copied too.
+    """Rank -> HMM: copy KV blocks of my device (`source`) to blocks that another rank keeps for me (`target`).
 
-    `number` counts a rank's copies from 1. One whose number has come before is not done again: the target may write to
-    these blocks by then. Copies from one rank to another are done one after the other. `until`: seconds of the host's
-    monotonic clock after which the rank waits no more, and the target may give the blocks to others: nothing is copied
-    then. Refused as `stale_copy` where one of the two forbids it."""
+    Answered by Ack when the copy is complete, or Refused: `stale_incarnation` where one of the two ranks is not the one
+    attached to its slot, `stale_copy` where `number` or `until` forbids the copy. Not fenced by an epoch: the
+    incarnations fence it. Between replicas of several ranks their first ones are named, and the others' blocks of the
+    same numbers are copied too. Copies from one rank to another are done one after the other.
+
+    source_slot, source_incarnation: the rank that asks
+    target_slot, target_incarnation: the rank that keeps the blocks
+    number: of a rank's copies, from 1 on; a copy whose number has come before is not done again: the target may write
+        to these blocks by then
+    until: seconds of the host's monotonic clock after which the rank waits no more and the target may give the blocks
+        to others: nothing is copied then
+    pairs: (source block, target block)
+    """
 
     source_slot: Slot
     source_incarnation: Incarnation

@@ -7,8 +7,13 @@ from elasticmoe.common.protocol.replies import Ack, Refused
 
 
 class Reserved(Message, frozen=True):
-    """Blocks for the sequence's KV, by position; the first `num_cached` hold it already (a prefix that both know) and
-    must not be written. `incarnation` and `slot` are the answering rank's, for CopyBlocks."""
+    """Answer to rank.Reserve: a place for the sequence is kept.
+
+    request_id: as the router has submitted it
+    incarnation, slot: of the answering rank, for CopyBlocks
+    blocks: KV blocks for the sequence, by position; none where it comes without KV
+    num_cached: of these the first ones that hold its KV already, a prefix that both ranks know: not to be written
+    """
 
     request_id: str
     incarnation: str

@@ -15,8 +15,13 @@ class StartRank(Message, frozen=True):
     """Turn a standby process into the rank of a seat. Answered by scaler.RankStarted or Refused; scaler.RankReady
     follows when it serves. Idempotent: the same `incarnation` is started once.
 
-    `max_tokens`: most tokens of one step; `max_sequences`: most sequences at once, its ledger rows. `compute`: the
-    backend, the same for all ranks.
+    rank, slot, device: the seat
+    incarnation: of the process, for its life as this rank
+    epoch: of the layout that has the seat
+    max_tokens: most tokens of one step
+    max_sequences: most sequences at once, its ledger rows
+    max_model_len: tokens of the longest sequence, prompt and output together
+    compute: the backend, the same for all ranks
     """
 
     rank: RankId

@@ -56,10 +56,21 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Sampling(Message, frozen=True, tag=False):
-    """How tokens are chosen. `temperature` 0, or below what float32 can divide by, is greedy. `seed` is always set: the
-    router draws one where the client gives none, so that a repeated step chooses the same token. `top_k` 0: off;
-    `top_p` 0: the most probable token alone. `logprobs`: how many alternatives to report per token; -1: none, 0: only
-    the chosen token's."""
+    """How tokens are chosen.
+
+    seed: always set, so that a repeated step chooses the same token; the router draws one where the client gives none
+    temperature: 0, or below what float32 can divide by, is greedy
+    top_p: of the most probable tokens, as few as make up this share; 1: all, 0: the most probable token alone
+    top_k: so many of the most probable tokens; 0: all
+    min_p: tokens that have at least this part of the greatest probability; 0: all
+    presence_penalty, frequency_penalty: taken from the logit of each token that the output has: once, and for each
+        time that it has it
+    repetition_penalty: the logits of tokens that prompt or output have are divided by it, those below 0 multiplied
+        with it; 1: none
+    logit_bias: (token, what is added to its logit)
+    logprobs: how many alternatives to report per token; 0: only the chosen token's, -1: none
+    grammar: what the output has to keep to; None: nothing
+    """
 
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     temperature: Temperature = 1.0
@@ -85,12 +96,19 @@ class Origin(msgspec.Struct, frozen=True, array_like=True):
 class Submit(Message, frozen=True):
     """Generate. Answered by a stream of router.Tokens with one finish, or one router.Failed.
 
-    `prompt`: token ids, at least one. `stop_token_ids` end the sequence (the model's own eos ids come with them unless
-    the client ignores eos); before `min_tokens` they are never chosen. `deadline_s`: seconds from receipt.
-    `priority`: lower runs first, until those behind it have waited long enough; equal ones in order of arrival.
-    `output`: what another rank, which was lost, has generated so far: it is computed like the prompt, counts as
-    generated, and is not reported again. `suspicion`: what router.Suspected told of it.
-    Where `origin` is traced, the rank tells its times (router.RankTimes).
+    request_id: the router's name for it; the rank knows it by this and the router
+    prompt: token ids, at least one
+    max_tokens: most output tokens, those of `output` included
+    sampling: how tokens are chosen
+    stop_token_ids: end the sequence; the model's own eos ids are among them unless the client ignores eos
+    min_tokens: output tokens before which no stop token is chosen
+    deadline_s: seconds from receipt after which it fails
+    priority: lower runs first, until those behind it have waited long enough; equal ones in order of arrival
+    prompt_logprobs: log probabilities of the prompt's tokens are reported, too
+    output: what another rank, which was lost, has generated so far: it is computed like the prompt, counts as
+        generated, and is not reported again
+    suspicion: what router.Suspected told of it; None where nothing
+    origin: whose request it is; where it is traced, the rank tells its times (router.RankTimes)
     """
 
     request_id: RequestId
@@ -167,8 +185,8 @@ class MigrateTo(Message, frozen=True):
 
 class Precopy(Message, frozen=True):
     """Get sequences ready for ranks that are no members yet: places are reserved and full blocks copied; they are
-    handed over when the target steps with the others. The next `decode_only_steps` steps only decode, because all that
-    waits for their ends."""
+    handed over when the target steps with the others. The next `decode_only_steps` steps only decode, because each of
+    these acts waits for the end of a step."""
 
     id: CommandId
     targets: Targets
@@ -176,7 +194,7 @@ class Precopy(Message, frozen=True):
 
 
 class DecodeOnly(Message, frozen=True):
-    """Hand over nothing; the next so many steps only decode, because what is under way waits for their ends."""
+    """Hand over nothing. The next so many steps only decode, because a change of the layout waits for their ends."""
 
     id: CommandId
     decode_only_steps: DecodeOnlySteps
@@ -184,7 +202,7 @@ class DecodeOnly(Message, frozen=True):
 
 class Drain(Message, frozen=True):
     """Hand over all sequences, those that come later too, to any of `targets`. The rank leaves: it ends by itself once
-    it is no member any more and nobody needs it."""
+    it is no member any more, its sequences have gone, and no router watches it."""
 
     id: CommandId
     targets: Targets
@@ -201,9 +219,9 @@ RankCommand = MigrateTo | Precopy | DecodeOnly | Drain | CancelMigration
 
 class Reserve(Message, frozen=True):
     """Rank -> rank: keep a row and KV blocks for a sequence of `tokens` so far that I want to hand over. Answered by
-    peer.Reserved or Refused. `router`: who gets the tokens. Idempotent for the same sender and request. What was
-    reserved is kept until HandOver, Unreserve, or the sender's end as the HMM's or the membership's news have it,
-    RESERVATION_S at the longest."""
+    peer.Reserved or Refused. `router`: the one that gets the tokens. Idempotent for the same sender and request. What
+    was reserved is kept until HandOver or Unreserve, and RESERVATION_S after the sender's last Reserve at the longest.
+    """
 
     request_id: RequestId
     router: Annotated[bytes, Meta(min_length=1, max_length=255)]
@@ -221,9 +239,13 @@ class Unreserve(Message, frozen=True):
 class HandOver(Message, frozen=True):
     """Rank -> rank: the sequence is yours from now on. Answered by peer.Taken or Refused; idempotent.
 
-    `request`: as it was submitted, its `deadline_s` counted from now. `output`: tokens so far, of which `num_sent` were
-    reported. `kv_len`: tokens whose KV is written. KV up to block number `num_copied` lies in the blocks that were
-    reserved; `tail` holds the blocks from there on, one after the other, each of the geometry's `block_bytes`.
+    request: as it was submitted, without `output`; `deadline_s` counts from now, `suspicion` is what is known now
+    router: the one that gets the tokens
+    output: output tokens so far; `num_sent`: how many of them were reported
+    kv_len: tokens of prompt and output whose KV is written
+    num_copied: KV up to this block number lies in the blocks that were reserved
+    tail: KV of the blocks from there on, one after the other, each of the geometry's `block_bytes`
+    prompt_logprobs: of the prompt's tokens, those that are known so far and not reported; None where there are none
     """
 
     request: Submit

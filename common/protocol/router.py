@@ -26,8 +26,16 @@ def logprob_bytes(num_top: int) -> int:
 
 
 class Delta(msgspec.Struct, frozen=True, array_like=True):
-    """New tokens of one request. `index` is the number of its output tokens before `ids`: the router drops what it has
-    seen. `finish` is `stop` or `length` with the last one, else None; a stop token itself is not among `ids`."""
+    """New tokens of one request.
+
+    request_id: as the router has submitted it
+    index: number of its output tokens before `ids`; the router drops what it has seen
+    ids: the new tokens; a stop token is not among them
+    finish: `stop` or `length` with the last of them, else None
+    stop_token: the stop token that has ended the request; None where none has
+    logprobs: of `ids`; None where they were not asked for, and where they were lost with the rank that computed them
+    prompt_logprobs: where asked for, of the prompt's tokens from the second on, once; else None
+    """
 
     request_id: str
     index: int
@@ -71,9 +79,15 @@ class Suspected(Message, frozen=True):
 
 
 class RankTimes(Message, frozen=True):
-    """Of a request whose origin is traced, before the first Tokens since it got a place in steps: it waited for that,
-    then its prompt, and what output it had, was computed, but for `num_cached` tokens whose KV was there. `num_stops`:
-    how often its KV has been taken from it here, so that it waited and was computed again."""
+    """How long a rank took for a request whose origin is traced. Comes before the request's first Tokens since it got a
+    place in steps.
+
+    request_id: as the router has submitted it
+    waited_s: seconds that it waited for that place; 0 where it has lost a place before: that wait is not known
+    computed_s: seconds from then until its prompt, and what output it had, was computed
+    num_cached: tokens of these that were not computed, because their KV was there
+    num_stops: how often its KV has been taken from it here, so that it waited and was computed again
+    """
 
     request_id: str
     waited_s: float
@@ -109,11 +123,18 @@ class MayMove(Message, frozen=True):
 class RankStatus(Message, frozen=True):
     """A rank's load, for the balancer; sent when it changes, at most ten times a second, from the work loop.
 
-    `progress` counts steps and idle turns: it grows only while the loop does. Of the last steps' time, `share_waiting`
-    went into waiting for ranks that had more to compute, and `share_overhead` into everything else that is not tensor
-    math: scheduler, exchange, bus, ledger, messages. `is_leaving`: it hands its requests over to others and
-    wants no new ones (those that come are handed over too). `recomputed`: tokens that this incarnation has computed and
-    computed again, because their blocks were taken or their step was given up.
+    rank: the one that tells it; `incarnation`: of its process
+    progress: its steps and idle turns so far: it grows only while the loop turns
+    running, waiting: requests that are computed, and those that wait for it
+    tokens_queued: tokens of both that are still to be computed before their next new token
+    blocks_free, blocks_total: KV blocks
+    max_model_len: tokens of the longest sequence that it can hold now
+    share_overhead: of the last steps' time, the part that is neither tensor math nor `share_waiting`: scheduler,
+        exchange, bus, ledger, messages; 0 to 1
+    share_waiting: of the same time, the part that went into waiting for ranks that had more to compute; 0 to 1
+    is_leaving: it hands its requests over to others and wants no new ones; those that come are handed over too
+    recomputed: tokens that this incarnation has computed and computed again, because their blocks were taken or their
+        step was given up
     """
 
     rank: RankId

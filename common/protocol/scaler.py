@@ -15,10 +15,20 @@ from elasticmoe.common.protocol.replies import Ack, Refused
 
 
 class DeviceStatus(msgspec.Struct, frozen=True):
-    """One device's memory in bytes; `weights + kv + other + free == budget`. `attached`: incarnation of its rank.
-    `pages`: real memory behind it, whoever made it. `progress`: what that rank has counted on the bus. `is_waiting`: it
-    says there that it waits for this device, in a call in which it counts nothing. `total`: what the device has, as its
-    driver says; 0 where its memory is the machine's."""
+    """One device's memory in bytes, and its rank, as the HMM has them now. `weights + kv + other + free == budget`.
+
+    device: its name
+    budget: bytes that the HMM may use of it
+    weights, kv: bytes of its weight records and its KV handles, those on their way in or out included
+    other: bytes of its rank's ledger and mailbox
+    free: bytes of the budget that are left
+    num_experts, kv_blocks: expert records and KV blocks that it holds; 0 until a model is ready
+    attached: incarnation of its rank; None where none is attached
+    pages: bytes of real memory behind it, whichever process made it
+    progress: what that rank has counted on the bus; 0 where none is attached
+    is_waiting: that rank says on the bus that it waits for this device, in a call in which it counts nothing
+    total: bytes that the device has, as its driver says; 0 where its memory is the machine's
+    """
 
     device: str
     budget: int
@@ -36,9 +46,15 @@ class DeviceStatus(msgspec.Struct, frozen=True):
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):
-    """What a planner must know of the devices' memory, in bytes. `footprint`: of weights and KV of one device at the
-    load: what experts leave becomes KV, up to it. `ledger`, `mailbox` (0: none): of one rank. `kv_handles_min`: KV
-    handles that one sequence of full length needs; `kv_handles_load`: those that a device had at the load."""
+    """What a planner must know of the devices' memory; it holds for every device of the loaded model.
+
+    granularity: bytes; sizes of memory are multiples of it
+    kv: how KV blocks lie in KV handles
+    footprint: the most bytes of weights and KV of one device at the load; what experts leave becomes KV, up to it
+    ledger, mailbox: bytes of one rank's; a mailbox of 0 bytes stands for none
+    kv_handles_min: KV handles that one sequence of full length needs
+    kv_handles_load: the most KV handles that one device had at the load
+    """
 
     granularity: int
     kv: KvGeometry
@@ -52,10 +68,15 @@ class MemoryFacts(msgspec.Struct, frozen=True):
 class TransitionStatus(msgspec.Struct, frozen=True):
     """The HMM's part of a transition, the latest one also when it is over.
 
-    `phase`: `vacating` (ranks clear KV that has to go) · `copying` · `staged` (all is there; ranks map it) ·
-    `committed` (in force; ranks are about to flip) · `flipped` · `releasing` · `released` · `aborting` · `aborted` ·
-    `failed` (could not be staged: `error`; to be aborted). `prepared`: slots whose rank has mapped all that was sent to
-    it. `bytes_done` of `bytes_total` are copied. `peak_pages`: the most real bytes, by device, since it began.
+    id: operation, leg and attempt
+    epoch: of the layout that it leads to
+    phase: `vacating` (ranks clear KV that has to go) · `copying` · `staged` (all is there; ranks map it) ·
+        `committed` (in force; ranks are about to flip) · `flipped` · `releasing` · `released` · `aborting` ·
+        `aborted` · `failed` (could not be staged: `error`; to be aborted)
+    prepared: slots whose rank has mapped all that was sent to it
+    bytes_done, bytes_total: bytes of its copies, those that are copied and all
+    peak_pages: by device, the most bytes of real memory since the transition began
+    error: why it could not be staged, or why KV did not grow at its end; None otherwise
     """
 
     id: TransitionId
@@ -80,8 +101,18 @@ class TransitionStatus(msgspec.Struct, frozen=True):
 
 
 class HmmStatus(Message, frozen=True):
-    """`phase`: empty (nothing loaded), loading, ready, failed. Bytes count what was read from the checkpoint.
-    `num_fenced`: commands that this HMM refused because their sender's fencing epoch was superseded."""
+    """What the HMM tells of itself: its load, its devices, the bus's membership, the latest transition.
+
+    phase: `empty` (nothing is loaded) · `loading` · `ready` · `failed`
+    bytes_done, bytes_total: bytes of the checkpoint, those that this process's latest load has read and all
+    error: why that load failed; None otherwise
+    devices: all of the host
+    generation, members, running: of the bus: its generation, the slots that take part, and whether they step
+    op_id: of that load, or of a predecessor's that is in memory; None where there is neither
+    layout, memory: the layout in force, and what a planner must know of its memory; None until a model is ready
+    transition: the latest one, also when it is over; None before the first
+    num_fenced: commands that this HMM refused because their sender's fencing epoch was superseded
+    """
 
     phase: Literal["empty", "loading", "ready", "failed"]
     bytes_done: int
@@ -106,7 +137,13 @@ class RankStarted(Message, frozen=True):
 
 
 class RankReady(Message, frozen=True):
-    """A rank has attached and can step. Costs in milliseconds."""
+    """A rank has attached and can step.
+
+    rank, slot: its seat
+    incarnation: of its process
+    attach_ms: milliseconds until its memory was mapped
+    build_ms: milliseconds from then until all that it computes with was there
+    """
 
     rank: RankId
     slot: int
@@ -116,7 +153,13 @@ class RankReady(Message, frozen=True):
 
 
 class RankExited(Message, frozen=True):
-    """A rank's process ended, wanted or not. `exit_code` is negative for a signal, None where nobody knows it."""
+    """A rank's process ended, wanted or not.
+
+    rank, slot: its seat
+    incarnation: of the process
+    exit_code: negative for a signal; None where it cannot be known any more
+    reason: what the rank said of its failure, its code first; else how the process ended
+    """
 
     rank: RankId
     slot: int
@@ -126,9 +169,15 @@ class RankExited(Message, frozen=True):
 
 
 class PoolRank(msgspec.Struct, frozen=True):
-    """A living rank of a pool. `pid`: in the pool's pid namespace, 0 while it is started from nothing. `attach_ms`:
-    what mapping its memory took; 0 until it is ready. `is_asleep`: just now it neither ran nor waited for a processor:
-    it was stopped, or slept in a call."""
+    """A living rank of a pool.
+
+    rank, slot, device: its seat
+    incarnation: of its process
+    pid: in the pool's pid namespace; 0 while the process is started from nothing
+    ready: it has attached and can step
+    attach_ms: milliseconds until its memory was mapped; 0 until it is ready
+    is_asleep: just now its main thread neither ran nor waited for a processor: it was stopped, or slept in a call
+    """
 
     rank: RankId
     slot: int
@@ -154,9 +203,18 @@ class PoolStatus(Message, frozen=True):
 
 
 class RankLoad(Message, frozen=True):
-    """Answer to rank.GetRankLoad. `moving`: sequences on their way to another rank; `handed_over` and `taken_over`:
-    counts since the rank began; `command`: the RankCommand in force, None before the first. `routers`: that watch it
-    now. `epoch`: of the layout that it computes by, 0 before its first step."""
+    """Answer to rank.GetRankLoad. A follower has no sequences: it tells 0 for all counts but `blocks_total`.
+
+    rank: the one that answers; `incarnation`: of its process
+    running, waiting: sequences that are computed, and those that wait for it
+    moving: sequences on their way to another rank; until they are handed over they also count as running or waiting
+    handed_over, taken_over: sequences since the rank began
+    blocks_free, blocks_total: KV blocks
+    is_leaving: it hands over all its sequences, those that come later too
+    command: id of the RankCommand in force; None before the first
+    routers: how many watch it now
+    epoch: of the layout that it computes by; 0 before its first step
+    """
 
     rank: RankId
     incarnation: str

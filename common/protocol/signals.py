@@ -98,8 +98,14 @@ class RouterWindow(Message, frozen=True, kw_only=True):
 
 
 class StepSample(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One step of a rank. `kv_tokens`: KV entries that its sequences read. `steps_since_cutover`: of the layout in
-    force, from 0; a rank that is attached anew begins there as well."""
+    """One step of a rank.
+
+    seconds: from its turn's beginning to its end, waiting for other ranks included
+    prefill_tokens: tokens that it computed of sequences that were still in their prompt
+    kv_tokens: KV entries that its sequences read
+    sequences: those of them that were past their prompt
+    steps_since_cutover: steps before this one by the layout in force; a rank that is attached anew begins at 0, too
+    """
 
     seconds: Annotated[float, Meta(gt=0.0, le=WINDOW_SECONDS_MAX)]
     prefill_tokens: NumTokens

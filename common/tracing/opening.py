@@ -17,7 +17,7 @@ _NEEDED = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 def check_tracing(endpoint: str) -> None:
     """Raises ConfigError `no_opentelemetry` where traces are to be sent to `endpoint` and cannot be made."""
     if endpoint and not all(map(_is_there, _NEEDED)):
-        text = f"otlp_endpoint is {endpoint}, and OpenTelemetry is not installed: pip install 'elasticmoe[otel]'"
+        text = f"otlp_endpoint is {endpoint}, and OpenTelemetry is not installed: `pip install '.[otel]'` in a checkout"
         raise ConfigError(text, code="no_opentelemetry")
 
 

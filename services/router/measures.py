@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elasticmoe.common.measures import Measure, measures_in
+from elasticmoe.common.measures import OF_DEPLOYMENT, OF_LISTENER, Measure, measures_in
 
 _MODEL = ("model_name",)
 _ENGINE = ("model_name", "engine")
@@ -13,15 +13,17 @@ GENERATION_TOKENS = Measure(
     "counter",
     "Tokens generated",
     _MODEL,
-    "sum(rate(vllm:generation_tokens_total[1m])) == 0 and sum(vllm:num_requests_running) > 0",
+    f"sum by ({OF_LISTENER}) (rate(vllm:generation_tokens_total[1m])) == 0 "
+    f"and sum by ({OF_LISTENER}) (vllm:num_requests_running) > 0",
     "Requests run and no token comes: look at `elasticmoe status`.",
+    held="1m",
 )
 TTFT = Measure(
     "vllm:time_to_first_token_seconds",
     "histogram",
     "From acceptance to the first token",
     _MODEL,
-    "histogram_quantile(0.99, sum by (le) (rate(vllm:time_to_first_token_seconds_bucket[5m]))) > 10",
+    f"histogram_quantile(0.99, sum by (le, {OF_LISTENER}) (rate(vllm:time_to_first_token_seconds_bucket[5m]))) > 10",
     "Prompts wait: add a replica, or lower `requests_max`.",
 )
 GAP = Measure(
@@ -29,7 +31,7 @@ GAP = Measure(
     "histogram",
     "Between two tokens of a request",
     _MODEL,
-    "histogram_quantile(0.99, sum by (le) (rate(vllm:inter_token_latency_seconds_bucket[5m]))) > 1",
+    f"histogram_quantile(0.99, sum by (le, {OF_LISTENER}) (rate(vllm:inter_token_latency_seconds_bucket[5m]))) > 1",
     "Streams stutter: too many sequences a replica, or a machine that is busy with something else.",
 )
 E2E = Measure("vllm:e2e_request_latency_seconds", "histogram", "From acceptance to the end", _MODEL)
@@ -46,7 +48,7 @@ FAILED = Measure(
     "counter",
     "Accepted requests that ended with an error, by its code, or because the client left",
     ("model_name", "code"),
-    'sum by (code) (rate(elasticmoe:requests_failed_total{code!="cancelled"}[5m])) > 0',
+    f"sum by (code, {OF_LISTENER}) (rate(elasticmoe:requests_failed_total{{code!='cancelled'}}[5m])) > 0",
     "Accepted requests fail: errors.md has the code. (`cancelled`: the client left.)",
 )
 REFUSED = Measure(
@@ -54,7 +56,7 @@ REFUSED = Measure(
     "counter",
     "Requests that were answered with an error, by HTTP status",
     ("model_name", "status"),
-    'sum(rate(elasticmoe:requests_refused_total{status=~"429|503"}[5m])) > 1',
+    f"sum by ({OF_LISTENER}) (rate(elasticmoe:requests_refused_total{{status=~'429|503'}}[5m])) > 1",
     "More is asked for than is served: add a replica. By status 401: somebody tries keys.",
 )
 RESUBMITTED = Measure(
@@ -96,7 +98,7 @@ WAITING = Measure(
     "gauge",
     "Requests that wait",
     _ENGINE,
-    "min_over_time(sum(vllm:num_requests_waiting)[5m:]) > 0",
+    f"min_over_time((sum by ({OF_LISTENER}) (vllm:num_requests_waiting))[5m:]) > 0",
     "Replicas have had more than they can take for five minutes: add one.",
     source="ranks",
 )
@@ -132,8 +134,9 @@ EPOCH = Measure(
     "gauge",
     "Epoch of the layout that requests are sent by",
     (),
-    "max(elasticmoe:epoch) - min(elasticmoe:epoch) > 0",
-    "For over a minute: the router follows another layout than the scaler has (both have this metric). See the store.",
+    f"max by ({OF_DEPLOYMENT}) (elasticmoe:epoch) - min by ({OF_DEPLOYMENT}) (elasticmoe:epoch) > 0",
+    "The router follows another layout than the scaler has (both have this metric). See the store.",
+    held="1m",
 )
 EXPERTS = Measure("elasticmoe:experts_per_rank", "gauge", "Expert records of a rank's device", ("rank",))
 

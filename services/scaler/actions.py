@@ -49,12 +49,14 @@ class LeaveOut(msgspec.Struct, frozen=True, tag=True):
 
 
 class ScaleTo(msgspec.Struct, frozen=True, tag=True):
-    """Order so many replicas, as the policy decided for `reason`. `supersedes`: an operation that gives way first."""
+    """Order so many replicas, as the policy decided for `reason`. `supersedes`: an operation that gives way first.
+    `number`: which of the policy's orders it is."""
 
     op_id: str
     replicas: int
     reason: str
     supersedes: str = ""
+    number: int = 0
 
 
 class CancelStuck(msgspec.Struct, frozen=True, tag=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from elasticmoe.common.measures import Measure, measures_in
+from elasticmoe.common.measures import OF_LISTENER, Measure, measures_in
 
 _measure = partial(Measure, source="scaler")
 
@@ -77,8 +77,10 @@ KV_BLOCKS = _measure(
     "gauge",
     "KV blocks of the ranks that tell them",
     ("state",),
-    alert='sum(elasticmoe:kv_blocks{state="free"}) / sum(elasticmoe:kv_blocks) < 0.1',
-    why="For five minutes: KV is nearly full. Add a replica or raise `kv_bytes`.",
+    alert=f"sum by ({OF_LISTENER}) (elasticmoe:kv_blocks{{state='free'}}) / "
+    f"sum by ({OF_LISTENER}) (elasticmoe:kv_blocks) < 0.1",
+    why="KV is nearly full. Add a replica or raise `kv_bytes`.",
+    held="5m",
 )
 STANDBY = _measure(
     "elasticmoe:standby_ranks",

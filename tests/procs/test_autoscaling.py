@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -78,7 +79,7 @@ async def test_it_grows_under_load_and_shrinks_after_it_and_no_stream_is_wrong(
 
     wait_until(lambda: all(operation["outcome"] is not None for operation in operations()), "the last has ended", 30.0)
     orders = operations()
-    assert all(operation["op_id"].startswith("policy-") for operation in orders)
+    assert all(operation["by"] == "policy" for operation in orders)
     assert {operation["outcome"] for operation in orders} == {"done"}
     command = [sys.executable, "-m", "elasticmoe.cli.main", "policy", "replay", "--json"]
     replayed = subprocess.run(
@@ -103,6 +104,13 @@ def test_chaos_lets_the_policy_decide_under_bursts_while_processes_are_killed() 
         (line,) = [line for line in told.splitlines() if row in line]
         assert " yes " in line, line
     assert "2 replicas" in told, "it never grew"
+    # What is told of a fault is not less than what the streams saw: the longest pause is a fault's, or was beside none.
+    found = re.search(r"longest (\d+) ms, longest outside of faults (\d+) ms", told)
+    assert found, told
+    longest, outside = map(int, found.groups())
+    of_faults = [int(pause) for pause in re.findall(r"longest pause of a stream (\d+) ms", told)]
+    assert of_faults
+    assert longest == max(*of_faults, outside), told
 
 
 async def test_advice_changes_nothing_and_writers_do_not_overwrite_one_another(

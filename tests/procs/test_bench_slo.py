@@ -37,7 +37,7 @@ def test_each_way_to_a_size_is_measured_on_the_same_trace(model_folder: Callable
     assert runs["ours"]["figures"]["failed"] == 0
     assert runs["horizontal"]["figures"]["failed"] == 0
     (operation,) = [one for one in runs["ours"]["notes"]["operations"] if one["kind"] != "none"]
-    assert operation["op_id"].startswith("policy-")
+    assert operation["by"] == "policy"
     assert [found["baseline"] for found in told["comparisons"]] == ["cold-restart", "horizontal"]
     assert "stand-in" in told["pace"]
     assert (tmp_path / "slo.png").stat().st_size > 0 or "no plot" in ran.stdout

@@ -253,21 +253,61 @@ def test_what_cannot_be_asked_is_refused(deployment: Deployment, body: Any, code
     assert param is None or error["param"] == param
 
 
+def words_of(num: int) -> dict[str, Any]:
+    """A schema of so many words, so that a stream lasts."""
+    array = {"type": "array", "items": {"enum": ["tea", "mud", "sky"]}, "minItems": num, "maxItems": num}
+    return {"type": "object", "properties": {"words": array}, "required": ["words"], "additionalProperties": False}
+
+
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "regex": ("completions", {"prompt": "x", "structured_outputs": {"regex": "([a-z]{3}, ){160}[a-z]{3}"}}),
+    "schema": (
+        "chat/completions",
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "words", "schema": words_of(130)}}},
+    ),
+    "call": (
+        "chat/completions",
+        {
+            "tools": [{"type": "function", "function": {"name": "say", "parameters": words_of(130)}}],
+            "tool_choice": {"type": "function", "function": {"name": "say"}},
+        },
+    ),
+    "answer": ("responses", {"text": {"format": {"type": "json_schema", "name": "words", "schema": words_of(130)}}}),
+}
+
+
+def piece_of(event: dict[str, Any]) -> str:
+    """The part of the answer that an event has, of whichever interface."""
+    if "type" in event:
+        return str(event.get("delta", ""))
+    choice = event["choices"][0]
+    if "text" in choice:
+        return str(choice["text"])
+    calls = choice["delta"].get("tool_calls") or []
+    return (choice["delta"].get("content") or "") + "".join(call["function"].get("arguments", "") for call in calls)
+
+
 async def test_streams_are_the_same_through_a_kill_and_a_resize(deployment: Deployment) -> None:
     """Every rank begins anew with nothing but the tokens: the one that is seated, and the one that comes in."""
     chunks = [0]
 
-    async def stream(http: httpx.AsyncClient, seed: int) -> str:
-        body = {"model": MODEL, "prompt": f"{seed}", "seed": seed, "stream": True, "max_tokens": 400}
-        body |= {"structured_outputs": {"regex": "([a-z]{3}, ){60}[a-z]{3}"}, "temperature": 1.0}
+    async def stream(http: httpx.AsyncClient, kind: str) -> str:
+        path, form = LONG[kind]
+        of_chat: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 960, "seed": 7}
+        given: dict[str, dict[str, Any]] = {
+            "completions": {"max_tokens": 960, "seed": 7},
+            "responses": {"input": "x", "max_output_tokens": 960},
+        }
+        body = {"model": MODEL, "stream": True, "temperature": 0, **given.get(path, of_chat), **form}
         text = ""
-        async with http.stream("POST", "/v1/completions", json=body) as answer:
+        async with http.stream("POST", f"/v1/{path}", json=body) as answer:
+            assert answer.status_code == 200, await answer.aread()
             async for line in answer.aiter_lines():
                 if line.startswith("data: {"):
                     chunks[0] += 1
                     event = json.loads(line[6:])
-                    assert "error" not in event, event
-                    text += event["choices"][0]["text"]
+                    assert not event.get("error"), event
+                    text += piece_of(event)
         return text
 
     def kill_one() -> None:
@@ -275,13 +315,15 @@ async def test_streams_are_the_same_through_a_kill_and_a_resize(deployment: Depl
         wait_until(lambda: deployment.rank_pids().get("r0t0", victim) != victim, "the rank is replaced", 60.0)
 
     async with httpx.AsyncClient(base_url=deployment.base_url, timeout=300, trust_env=False) as http:
-        wanted = await asyncio.gather(*(stream(http, seed) for seed in range(4)))
-        assert all(re.fullmatch("([a-z]{3}, ){60}[a-z]{3}", text) for text in wanted)
+        wanted = await asyncio.gather(*(stream(http, kind) for kind in LONG))
+        assert re.fullmatch("([a-z]{3}, ){160}[a-z]{3}", wanted[0])
+        assert [len(json.loads(text)["words"]) for text in wanted[1:]] == [130] * 3
         chunks[0] = 0
-        running = [asyncio.create_task(stream(http, seed)) for seed in range(4)]
+        running = [asyncio.create_task(stream(http, kind)) for kind in LONG]
         while chunks[0] < 20:
             await asyncio.sleep(0.01)
-        resize = asyncio.create_task(asyncio.to_thread(deployment.scale, replicas=3))
+        assert (await asyncio.to_thread(deployment.scale, replicas=3))["phase"] == "done"
+        assert not any(task.done() for task in running), "all of them went through the resize"
         await asyncio.to_thread(kill_one)
-        assert (await resize)["phase"] in ("done", "aborted")
+        assert not all(task.done() for task in running), "and some through the kill"
         assert await asyncio.gather(*running) == wanted

@@ -116,3 +116,54 @@ def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_alerts_are_about_one_deployment_and_wait_for_what_does_not_pass(tmp_path: Path) -> None:
+    """By promtool, over minutes that do not pass: each case has series of 15 s a value, and which alerts fire."""
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed: it comes with prometheus")
+    shutil.copy(FOLDER / "alerts.json", tmp_path)
+    rules = json.loads((FOLDER / "alerts.json").read_text())["groups"][0]["rules"]
+    told = {rule["alert"]: rule["annotations"] for rule in rules}
+    a, b = 'deployment="a",instance="a"', 'deployment="b",instance="b"'
+    of_a = {"deployment": "a", "instance": "a"}
+    epochs = {f"elasticmoe:epoch{{{a}}}": "3x40", f"elasticmoe:epoch{{{b}}}": "7x40"}
+    other = 'elasticmoe:epoch{deployment="a",instance="scaler of a"}'
+    stuck = {f"vllm:generation_tokens_total{{{a}}}": "5x40", f"vllm:num_requests_running{{{a}}}": "2x40"}
+    well = {f"vllm:generation_tokens_total{{{b}}}": "0+90x40", f"vllm:num_requests_running{{{b}}}": "2x40"}
+    kv = {f'elasticmoe:kv_blocks{{{a},state="free"}}': "1x40", f'elasticmoe:kv_blocks{{{a},state="used"}}': "99x40"}
+    room = {f'elasticmoe:kv_blocks{{{b},state="free"}}': "99x40", f'elasticmoe:kv_blocks{{{b},state="used"}}': "1x40"}
+    gone = {'up{job="elasticmoe-scaler",deployment="a",instance="a"}': "0x40"}
+    epoch, tokens, full = "ElasticMoERouterEpoch", "ElasticMoERouterGenerationTokens", "ElasticMoEScalerKvBlocks"
+    down = "ElasticMoETargetDown"
+    cases: list[tuple[dict[str, str], str, str, dict[str, str] | None]] = [
+        (epochs, epoch, "10m", None),  # two deployments are two
+        (epochs | {other: "3x30 4 3x9"}, epoch, "7m30s", None),  # a resize: scraped at different moments
+        (epochs | {other: "4x40"}, epoch, "10m", {"deployment": "a"}),
+        (stuck | well, tokens, "10m", of_a),
+        (well, tokens, "10m", None),
+        (kv | room, full, "4m", None),
+        (kv | room, full, "10m", of_a),
+        (gone, down, "30s", None),
+        (gone, down, "10m", of_a | {"job": "elasticmoe-scaler"}),
+    ]
+    tests = [
+        {
+            "interval": "15s",
+            "input_series": [{"series": name, "values": values} for name, values in series.items()],
+            "alert_rule_test": [
+                {
+                    "eval_time": at,
+                    "alertname": alert,
+                    "exp_alerts": [{"exp_labels": labels, "exp_annotations": told[alert]}] if labels else [],
+                }
+            ],
+        }
+        for series, alert, at, labels in cases
+    ]
+    text = json.dumps({"rule_files": ["alerts.json"], "evaluation_interval": "15s", "tests": tests})
+    (tmp_path / "cases.yml").write_text(text)
+    ran = subprocess.run(
+        ["promtool", "test", "rules", "cases.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr

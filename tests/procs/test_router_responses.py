@@ -157,6 +157,7 @@ def test_the_whole_of_a_turn_goes_back_as_it_came(rank: FakeRank, client: openai
         ({"tools": [{"type": "web_search"}]}, "invalid_request", "type"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "nobody"}}, "invalid_request", "is no tool"),
         ({"text": {"format": {"type": "grammar"}}}, "unsupported", "json_schema"),
+        ({"text": {"verbosity": "low"}}, "unsupported", "say it in a message"),
         ({"input": []}, "invalid_request", "input"),
         ({"input": [{"content": "x"}]}, "invalid_request", "input[0] has no role"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "invalid_request", "input[0] has no call_id"),
@@ -172,6 +173,21 @@ def test_refusals(rank: FakeRank, router: RouterProcess, fields: Any, code: str,
     status, got, message = error_of(router.http.post("/v1/responses", json={"input": "Hi", **fields}))
     assert (status, got) == (404 if code == "model_not_found" else 400, code)
     assert text in message
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"type": "text"},
+        {"type": "json_object"},
+        {"type": "json_schema", "name": "place", "schema": PARAMETERS, "strict": True, "description": "where"},
+    ],
+)
+def test_an_answer_says_what_it_was_asked_to_be(rank: FakeRank, client: openai.OpenAI, asked: dict[str, Any]) -> None:
+    rank.answer = Reply(b'{"city": "Rome"}', "stop")
+    given: Any = {"format": asked, "verbosity": "medium"}
+    answer: Any = client.responses.create(model=MODEL, input="Hi", text=given)
+    assert answer.text.to_dict() == {"format": asked, "verbosity": "medium"}
 
 
 def test_nothing_is_asked_by_what_is_empty(rank: FakeRank, client: openai.OpenAI) -> None:

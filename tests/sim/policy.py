@@ -242,7 +242,7 @@ class Policies:
         executor = scaler.service._executor
         newest = (executor.operation, *executor.ended[:2])
         for operation in newest if self.acts and scaler.is_acting else ():
-            if operation is not None and operation.op_id.startswith("policy-") and operation.op_id not in self._begun:
+            if operation is not None and operation.policy_order is not None and operation.op_id not in self._begun:
                 self._begin(scaler, operation)
 
     def _begin(self, scaler: Scaler, operation: Operation) -> None:

@@ -255,7 +255,8 @@ def ordered(number: int, accepted_unix: float, before: int, after: int, **change
     planned = Planned(1, 2, before, after, (), (), 0, 0, 0, 0, 0, 2.0, 30.0, {})
     op_id = f"policy-{number}-12.345" if number else f"mine-{accepted_unix}"
     known = {"op_id": op_id, "kind": "scale_up", "planned": planned, "accepted_unix": accepted_unix, "elapsed_s": 3.0}
-    return msgspec.structs.replace(operation_of(UP), **{**known, "phase": "done", "plan": None, **changes})
+    known |= {"policy_order": number or None, "phase": "done", "plan": None}
+    return msgspec.structs.replace(operation_of(UP), **{**known, **changes})
 
 
 def test_a_scaler_that_begins_counts_on_from_the_operations_that_the_journal_has() -> None:
@@ -311,8 +312,6 @@ def test_a_wall_clock_that_was_put_back_makes_nothing_lie_ahead() -> None:
     assert policy.grown_s == 10.0
 
 
-def test_only_what_the_policy_names_counts_as_its_order() -> None:
-    others = [
-        ordered(0, 5.0, 1, 2, op_id=name) for name in ("policy-x", "policy-1", "a policy-1-1.000", "policy-1-1.0")
-    ]
-    assert remembered(others, PolicyConfig(), 10.0, 10.0).policy.sent_s == ()
+def test_what_an_operator_calls_as_the_policy_would_is_no_order_of_the_policy() -> None:
+    policy = remembered([ordered(0, 5.0, 1, 2, op_id="policy-7-1.000")], PolicyConfig(), 10.0, 10.0).policy
+    assert (policy.sent_s, policy.num_orders, policy.grown_s) == ((), 0, 5.0)

@@ -47,7 +47,7 @@ def test_deployments_have_the_first_of_the_devices() -> None:
     assert first_of("", 3) == "host:3"
     assert first_of("npu:4-7", 2) == "npu:4-5"
     assert first_of("cuda:2,cuda:0", 1) == "cuda:0"
-    with pytest.raises(ValueError, match=r"--devices npu:0-1: 3 devices are needed"):
+    with pytest.raises(ValueError, match=r"--devices npu:0-1: 3 devices needed"):
         first_of("npu:0-1", 3)
 
 
@@ -135,7 +135,7 @@ def test_scaling_tells_of_both_ways_and_of_requests_that_failed(
 def test_a_benchmark_that_fails_is_told_with_its_last_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["bench", "accel", "--devices", "npu:0", "--output", str(tmp_path), "--steps", "attach"]
     assert main(words) == 1
-    assert "--devices npu:0: 2 devices are needed" in capsys.readouterr().out
+    assert "--devices npu:0: 2 devices needed" in capsys.readouterr().out
 
 
 def test_what_does_not_compute_there_is_refused_before_anything_runs(

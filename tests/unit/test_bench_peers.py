@@ -335,7 +335,7 @@ def test_an_answer_of_another_length_has_failed(tmp_path: Path) -> None:
 
     (visit,) = visits([msgspec.structs.replace(short, launch=launch)], plan, tmp_path)
     assert isinstance(visit, Failure)
-    assert visit.error.startswith("A, 1: all 2 requests failed; the first with: wrong_length")
+    assert visit.error.startswith("A, 1: 2 requests sent, all failed; the first with: wrong_length")
 
 
 def test_processes_whose_parents_have_gone_are_ended_too(tmp_path: Path) -> None:

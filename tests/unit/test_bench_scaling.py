@@ -182,7 +182,7 @@ def test_series_have_a_bin_that_starts_at_the_command() -> None:
 
 def test_requests_that_fail_before_the_command_end_the_run() -> None:
     check_steady([request(0.0, 1.0)])
-    with pytest.raises(ValueError, match="1 requests failed before the first command; one with: HTTP 500"):
+    with pytest.raises(ValueError, match="1 request failed before the first command; one with: HTTP 500"):
         check_steady([request(0.0, 1.0), request(0.0, error="HTTP 500")])
     with pytest.raises(ValueError, match="no token"):
         check_steady([request(0.0, error=None)])

@@ -371,7 +371,7 @@ def test_reactions_are_told_of_all_rounds_together() -> None:
     [
         (["--methods", "ours,best"], "unknown method 'best'"),
         (["--replicas-min", "4"], "--replicas-min 4 has to be below --replicas-max 4"),
-        (["--replicas-min", "1"], "--replicas-min 1 replicas"),
+        (["--replicas-min", "1"], "have --replicas-min 1; that has to be 2"),
         (["--replicas-max", "5"], "divisor of --replicas-max 5"),
     ],
 )

@@ -108,7 +108,7 @@ def test_what_is_wrong_is_named(changes: dict[str, Any], tally: dict[str, Any], 
 
 
 def operation_of(kind: str, outcome: str | None) -> dict[str, Any]:
-    return {"op_id": "policy-1-2.000", "kind": kind, "outcome": outcome}
+    return {"op_id": "policy-1-2.000", "by": "policy", "kind": kind, "outcome": outcome}
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,8 @@ def test_every_kind_of_event_has_a_sentence_of_its_facts() -> None:
             {"op_id": "op", "phase": "commit", "leg": "2", "before": "prepare", "before_s": "0.421"},
             "operation op: prepare took 0.421 s; now commit, leg 2: why",
         ),
+        ("policy", {"mode": "act", "replicas": "1", "target": "2"}, "the policy (act), at 1 replica: why, target 2"),
+        ("policy", {"mode": "act", "replicas": "3"}, "the policy (act), at 3 replicas: why, target unknown"),
         ("operation_ended", {"op_id": "op"}, "operation op has ended, unknown: why"),
         ("of tomorrow", {"a": "{b}"}, "of tomorrow: why a={b}"),
     ],

@@ -151,7 +151,7 @@ def test_a_long_run_directory_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "text"),
     [
-        (("--tp", "9"), "tp_unsupported", "tp 9 exceeds the limit of 8"),
+        (("--tp", "9"), "tp_unsupported", r"tp 9 \(--tp\) exceeds the limit of 8"),
         (("--replicas", "3", "--devices", "host:2"), "too_few_devices", "3 replicas of tp 1 need 3 devices.* has 2"),
         (("--devices", "host:65"), "too_many_devices", "limit of 64"),
     ],

@@ -57,6 +57,12 @@ def mounts(name: str) -> set[tuple[str, str]]:
     return found
 
 
+def test_the_policy_can_be_set_from_the_environment() -> None:
+    given = SERVICES["scaler"]["environment"]
+    for name in ("POLICY", "TTFT_S", "ITL_S", "ATTAINMENT", "REPLICAS_MIN", "REPLICAS_MAX"):
+        assert given[f"ELASTICMOE_{name}"] is None, "passed on where it is set"
+
+
 def test_each_container_mounts_what_it_needs_and_nothing_else() -> None:
     assert {name: mounts(name) for name in SERVICES} == MOUNTS
     named = {source for pairs in MOUNTS.values() for source, _ in pairs} - {"model"}

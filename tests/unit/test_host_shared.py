@@ -45,10 +45,10 @@ def test_a_machine_without_memory_refuses(monkeypatch: pytest.MonkeyPatch) -> No
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
     monkeypatch.setattr(host, "allocate", fail)
-    with pytest.raises(DoesNotFit, match="no memory for 4096 bytes"):
+    with pytest.raises(DoesNotFit, match=r"no memory for 4\.00 KiB"):
         shared.populate(0, PAGE)
     monkeypatch.setattr(machine, "group_room", lambda: 1 << 20)
-    with pytest.raises(DoesNotFit, match="control group has room for 1048576 more"):
+    with pytest.raises(DoesNotFit, match=r"control group has room for 1\.00 MiB more"):
         shared.populate(0, 2 << 20)
     shared.close()
 

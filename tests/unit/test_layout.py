@@ -43,7 +43,7 @@ def test_layout_invariants_are_checked() -> None:
     for bad in broken:
         with pytest.raises(ValueError, match=r"\w"):
             bad.check()
-    with pytest.raises(ConfigError, match="3 devices make no whole replicas of tp=2"):
+    with pytest.raises(ConfigError, match="3 devices: no whole replicas of tp=2"):
         initial_layout([4], ["a", "b", "c"], tp=2)
 
 

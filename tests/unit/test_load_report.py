@@ -138,7 +138,7 @@ def test_a_load_that_nothing_came_of_is_told_too() -> None:
     [
         ([result(0.5, lag_s=2 * LAG_S_MAX)], {}, "the client itself was late: p99 100 ms, more than 50 ms"),
         ([result(0.5)], {"cpu_share": CPU_SHARE_MAX + 0.1}, "used 90 % of a core, more than 80 %"),
-        ([(not_sent(0, ARRIVAL, 0.0), [])], {}, "1 requests were not sent"),
+        ([(not_sent(0, ARRIVAL, 0.0), [])], {}, "1 request not sent"),
     ],
 )
 def test_a_client_that_is_the_bottleneck_warns(results: list[Any], fields: dict[str, Any], warning: str) -> None:

@@ -18,7 +18,7 @@ from elasticmoe.common.protocol.handles import Routing
 from elasticmoe.native.bus import Bus, bus_bytes, format_bus
 from elasticmoe.services.worker.exchange.base import Exchange, StepAborted
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
-from elasticmoe.services.worker.rank.lockstep import Lockstep
+from elasticmoe.services.worker.rank.lockstep import HAND_OVER_STEPS, HAND_OVERS_MAX, Lockstep
 
 DEADLINE_S = 20.0
 SLOTS = 4
@@ -64,9 +64,9 @@ class Member:
             if total:
                 self.steps.append((self.lockstep.epoch, total))
 
-    def meet(self, num_tokens: int, *, is_alone: bool = False) -> int:
+    def meet(self, num_tokens: int, *, is_alone: bool = False, is_handing: bool = False) -> int:
         """Wait until all have met; 0 when the test is over before."""
-        while (total := self.lockstep.meet(num_tokens, is_alone=is_alone)) is None:
+        while (total := self.lockstep.meet(num_tokens, is_alone=is_alone, is_handing=is_handing)) is None:
             if self.stopping:
                 return 0
         return total
@@ -231,6 +231,41 @@ def test_steps_that_somebody_waits_for_are_urgent_and_bounded_in_number(harness:
     harness.hmm.stage_membership(4, 0b11, 2)
     assert urgency(one, 3) == [True, True, False]
     met.join(DEADLINE_S)
+
+
+def test_while_a_sequence_moves_all_ranks_steps_are_urgent(harness: Harness) -> None:
+    one, other = (harness.add(slot, 1) for slot in (0, 1))
+    harness.hmm.set_membership(1, 0b11, True, 1)
+    for member in (one, other):
+        member.lockstep.sync()
+
+    def met(tokens: tuple[int, int], *, is_handing: bool = False) -> tuple[int, int, list[bool]]:
+        """Both step; what each takes for the total, and whether the next step is urgent for each."""
+        totals: list[int] = []
+        thread = threading.Thread(target=lambda: totals.append(other.meet(tokens[1])))
+        thread.start()
+        total = one.meet(tokens[0], is_handing=is_handing)
+        thread.join(DEADLINE_S)
+        return total, totals[0], [member.lockstep.is_urgent for member in (one, other)]
+
+    for _ in range(4):
+        met((1, 1))  # the first steps of the generation
+    assert met((5, 7), is_handing=True) == (12, 12, [True, True])  # what is said besides is no token
+    assert met((5, 7)) == (12, 12, [True, True])
+    assert met((5, 7)) == (12, 12, [False, False])
+    # Hand-overs one after another: at last prompts have a step as well.
+    seen = [met((1, 1), is_handing=True)[2][1] for _ in range(HAND_OVERS_MAX + HAND_OVER_STEPS + 1)]
+    assert seen == [True] * (HAND_OVERS_MAX + HAND_OVER_STEPS - 1) + [False, True]
+    met((0, 0), is_handing=True)
+    assert [member.lockstep.is_urgent for member in (one, other)] == [False, False], "nobody has work"
+
+
+def test_a_step_alone_is_told_from_what_is_said_of_hand_overs(harness: Harness) -> None:
+    member = harness.add(0, 1)
+    harness.hmm.set_membership(1, 0b01, True, 1)
+    member.lockstep.sync()
+    assert member.meet(9, is_alone=True, is_handing=True) == 9
+    assert member.lockstep.has_turn
 
 
 def test_a_first_step_that_nobody_has_work_for_leaves_no_urgency(harness: Harness) -> None:

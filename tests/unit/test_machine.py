@@ -170,7 +170,7 @@ def test_a_device_refuses_what_its_group_cannot_hold(monkeypatch: pytest.MonkeyP
     device = open_device("host:0", budget=64 * MIB, granularity=MIB)
     try:
         monkeypatch.setattr(machine, "group_room", lambda: 3 * MIB)
-        with pytest.raises(DoesNotFit, match=r"host:0: no memory for 4194304 bytes: .* has room for 3145728 more"):
+        with pytest.raises(DoesNotFit, match=r"host:0: no memory for 4.00 MiB: .* has room for 3.00 MiB more"):
             device.create(4 * MIB, "weights")
         device.release(device.create(2 * MIB, "weights"))
         handle = device.claim(8 * MIB, "weights")

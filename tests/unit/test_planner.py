@@ -177,7 +177,7 @@ def test_replicas_of_several_devices_join_and_leave_whole() -> None:
     plan = make_plan(layout, Target(replicas=3), SIZES, memory, DEVICES)
     assert [(str(seat.rank), seat.device) for seat in plan.legs[0].joining] == [("r2t0", "host:4"), ("r2t1", "host:5")]
     for target, text in (
-        (Target(devices=("host:0", "host:1", "host:2")), "3 devices make no whole replicas of tp=2"),
+        (Target(devices=("host:0", "host:1", "host:2")), "3 devices: no whole replicas of tp=2"),
         (Target(devices=("host:0", "host:1", "host:2", "host:5")), "replica 1 would keep only some of its 2 devices"),
     ):
         with pytest.raises(InvalidRequest, match=text) as refusal:

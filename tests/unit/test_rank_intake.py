@@ -104,7 +104,7 @@ def test_a_rank_that_waits_for_others_hears_of_an_hmm_that_has_lost_the_memory()
     def look(*_: object) -> list[Message]:
         raise ElasticMoEError("the HMM has lost the memory that this rank has mapped", code="memory_replaced")
 
-    rank._plan, rank._look_at = plan, 0.0
+    rank._plan, rank._look_at, rank._is_handing = plan, 0.0, False
     rank._lockstep = SimpleNamespace(meet=meet)
     rank._server = SimpleNamespace(poll=lambda _: set())
     rank._seat, rank._memory = SimpleNamespace(slot=0), SimpleNamespace(doorbells={0: 7})

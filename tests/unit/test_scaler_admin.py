@@ -261,7 +261,9 @@ def test_an_op_id_names_one_operation() -> None:
     assert repeated(order, operation, []) is operation
     assert repeated(order, None, [operation]) is operation
     assert repeated(order, None, []) is None
-    with pytest.raises(Conflict, match="another request") as reused:
+    again = parse_scale(b'{"replicas": 3, "op_id": "op", "reason": "told again", "deadline_s": 5}', 900.0)
+    assert repeated(again, None, [operation]) is operation, "whoever repeats an order need not know how it was told"
+    with pytest.raises(Conflict, match="another target") as reused:
         repeated(parse_scale(b'{"replicas": 2, "op_id": "op"}', 600.0), None, [operation])
     assert reused.value.code == "op_id_reused"
     with pytest.raises(Conflict, match="operation op is in progress") as running:

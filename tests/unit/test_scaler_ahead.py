@@ -112,11 +112,11 @@ def test_an_abort_ends_what_was_got_ready() -> None:
     * the store takes nothing
     staged 0:6 1:5 2:0 -> precopy r0t0 1>2, precopy r1t0 | 1 commit: the store does not take the commit record
     * an operator cancels it
-    staged 0:6 1:5 2:0 -> nothing                  | 1 abort: cancelled by the operator
+    staged 0:6 1:5 2:0 -> nothing                  | 1 abort: cancelled on request
     staged 0:6 1:5 2:0 -> StopSeat rank-r2t0:1     | 1 abort: ranks r2t0 end
     staged 0:6 1:5     -> Abort                    | 1 abort: the HMM gives the staged layout up
     aborted 0:6 1:5    -> cancel r0t0, cancel r1t0 | 1 abort: ranks leave no more
-    aborted 0:6 1:5    -> cancel r0t0, cancel r1t0 | 1 aborted: cancelled by the operator
+    aborted 0:6 1:5    -> cancel r0t0, cancel r1t0 | 1 aborted: cancelled on request
     """
     done = play(world, world.run_to(operation_of(UP), "commit"), story)
     assert (outcome(done), world.layout) == ("cancelled", UP.before)

@@ -68,11 +68,21 @@ RELEASE_BEFORE: dict[str, Any] = {
 
 def of_the_release_before(operation: Operation) -> dict[str, Any]:
     record: dict[str, Any] = msgspec.to_builtins(operation)
-    del record["form"], record["caller"]
+    del record["form"], record["caller"], record["policy_order"]
     parts = [record.pop(name) for name in ("progress", "accounting")]
     counted = parts[1]["bytes_of"]
     parts[1]["bytes_of"] = [str(TransitionId(*counted[0])), counted[1]] if counted else ["", 0]
     return record | parts[0] | parts[1]
+
+
+@pytest.mark.parametrize(("name", "number"), [("policy-12-81234.117", 12), ("policy-12", None), ("mine", None)])
+def test_whose_order_an_older_record_is_is_told_by_its_name(name: str, number: int | None) -> None:
+    of_today = msgspec.to_builtins(OPERATIONS.decode(msgspec.msgpack.encode(RELEASE_BEFORE | {"op_id": name})))
+    assert of_today["policy_order"] == number
+    without = {field: value for field, value in of_today.items() if field != "policy_order"}
+    assert OPERATIONS.decode(msgspec.msgpack.encode(without)).policy_order == number, "of yesterday"
+    noted = OPERATIONS.decode(msgspec.msgpack.encode(of_today | {"op_id": "policy-12-81234.117", "policy_order": None}))
+    assert noted.policy_order is None, "of today, an operator's"
 
 
 def test_a_record_of_the_release_before_loses_nothing() -> None:

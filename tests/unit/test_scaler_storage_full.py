@@ -16,6 +16,7 @@ from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.protocol.errors import Unavailable
 from elasticmoe.common.store import Event, Writer, _guard
+from elasticmoe.common.wording import size
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.store import journal as journal_module
 from elasticmoe.services.scaler.store.journal import Journal
@@ -269,7 +270,7 @@ def test_without_room_for_all_records_nothing_is_held(scene: Scene, monkeypatch:
 
     monkeypatch.setattr(os, "posix_fallocate", allocate)
     operation, before = operation_of(UP), len(os.listdir("/proc/self/fd"))
-    with pytest.raises(Unavailable, match=f"need {bytes_of(operation)} bytes .*: No space left") as refused:
+    with pytest.raises(Unavailable, match=f"need {size(bytes_of(operation))} .*: No space left") as refused:
         scene.journal.reserve(operation)
     assert refused.value.code == "storage_full"
     assert (scene.file.exists(), len(os.listdir("/proc/self/fd"))) == (False, before)

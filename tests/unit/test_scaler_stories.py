@@ -95,13 +95,13 @@ def test_ranks_are_told_to_stay_though_the_pool_is_away_when_that_is_due() -> No
     world = World(DOWN.before)
     story = """
     * an operator cancels it
-    staged 0:4 1:0~ 2:2  -> nothing     | 1 abort: cancelled by the operator
+    staged 0:4 1:0~ 2:2  -> nothing     | 1 abort: cancelled on request
     * the pool is away
     staged no pool       -> Abort       | 1 abort: the HMM gives the staged layout up
     aborted no pool      -> nothing     | 1 abort: ranks leave no more
     * the pool is back
     aborted 0:4 1:0~ 2:2 -> cancel r1t0 | 1 abort: ranks leave no more
-    aborted 0:4 1:0 2:2  -> nothing     | 1 aborted: cancelled by the operator
+    aborted 0:4 1:0 2:2  -> nothing     | 1 aborted: cancelled on request
     """
     play(world, world.run_to(operation_of(DOWN), "commit"), story)
 

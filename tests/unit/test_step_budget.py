@@ -1,12 +1,20 @@
 """How many tokens a step has: against the best of all sizes, where steps cost what they are said to."""
 
 import random
+from math import ceil
 
 import pytest
 
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.services.worker.engine.blocks import BlockManager
-from elasticmoe.services.worker.engine.budget import BEARABLE_S, FIXED_TOKENS, LEAST_TOKENS, StepBudget
+from elasticmoe.services.worker.engine.budget import (
+    BEARABLE_S,
+    FIRST_TOKENS,
+    FIXED_TOKENS,
+    LEAST_TOKENS,
+    LONGEST_S,
+    StepBudget,
+)
 from elasticmoe.services.worker.engine.scheduler import Scheduler
 
 MOST = 2048
@@ -46,7 +54,8 @@ def test_prompts_that_wait_get_their_first_tokens_about_as_soon_as_with_the_best
     length = rng.choice((32, 128, 300, 1000))
     prompts = [rng.randint(length // 2, length * 2) for _ in range(rng.randint(1, 40))]
     ours = mean_ttft(prompts, fixed_s, token_s, told(fixed_s, token_s))
-    best = min(mean_ttft(prompts, fixed_s, token_s, size) for size in range(LEAST_TOKENS, MOST + 1, 64))
+    sizes = [size for size in range(LEAST_TOKENS, MOST + 1, 64) if fixed_s + token_s * size <= LONGEST_S]
+    best = min(mean_ttft(prompts, fixed_s, token_s, size) for size in (LEAST_TOKENS, *sizes))
     assert ours <= 1.1 * best
 
 
@@ -56,7 +65,14 @@ def test_few_prompts_make_small_steps_and_many_large_ones() -> None:
     assert sizes == sorted(sizes)
     assert sizes[0] == LEAST_TOKENS
     assert sizes[2] == 400  # sqrt(3200 * 50)
-    assert budget.tokens([1000], 0) == 1000  # one alone is not cut
+    assert budget.tokens([900], 0) == 900  # one alone is not cut
+
+
+def test_no_step_takes_so_long_that_its_rank_is_taken_for_lost() -> None:
+    assert told(0.1, 0.002).tokens([1000], 0) == round((LONGEST_S - 0.1) / 0.002)
+    assert told(0.1, 0.002, num_replicas=2).tokens([1000], 0) == round((LONGEST_S - 0.1) / 0.002)  # none else steps
+    assert told(3.0, 0.002).tokens([1000], 0) == LEAST_TOKENS
+    assert StepBudget(MOST).tokens([5000], 0) == FIRST_TOKENS  # while nothing is known
 
 
 def test_running_streams_bear_so_much_and_have_their_own_tokens_besides() -> None:
@@ -68,11 +84,24 @@ def test_running_streams_bear_so_much_and_have_their_own_tokens_besides() -> Non
 
 def test_streams_of_other_replicas_are_spared_too() -> None:
     budget = told(0.1, 0.001, num_replicas=2)
-    assert budget.tokens([1000] * 50, 0) == MOST  # the last step was this one's alone
+    assert budget.tokens([1000] * 50, 0) == 1900  # the last step was this one's alone
     budget.note(0, 0, 3, 0.1)  # others run
     assert budget.tokens([1000] * 50, 0) == (BEARABLE_S - 0.1) / 0.001 / 2  # and may have prompts as well
     budget.note(0, 1, 1, 0.1)
-    assert budget.tokens([1000] * 50, 0) == MOST
+    assert budget.tokens([1000] * 50, 0) == 1900
+
+
+def test_what_steps_take_is_learned_where_many_streams_run_in_several_replicas() -> None:
+    budget = StepBudget(MOST)
+    budget.begin(3)
+    budget.note(0, 60, 175, 0.1)  # the others bring about as much, so no prompts
+    budget.note(128, 188, 303, 0.1 + 0.001 * 303)
+    assert budget.tokens([1000] * 50, 60) == ceil(min((BEARABLE_S - 0.1) / 0.001, 2 * 303) / 3) + 60
+    other = StepBudget(MOST)
+    other.begin(3)
+    other.note(0, 60, 400, 9.0)  # somebody has prompts: it says nothing
+    other.note(128, 188, 303, 10.0)
+    assert other.tokens([1000] * 50, 60) == LEAST_TOKENS + 60
 
 
 def test_what_is_not_known_yet_costs_streams_nothing() -> None:
@@ -123,7 +152,7 @@ def test_another_number_of_replicas_is_learned_anew() -> None:
 
 
 def test_after_a_shortage_steps_are_smaller_until_the_ranks_change() -> None:
-    budget = told(0.1, 0.0)
+    budget = told(0.1, 1e-6)
     assert budget.tokens([5000], 0) == MOST
     sizes = []
     while budget.shrink(size := budget.tokens([5000], 0)):
@@ -133,7 +162,7 @@ def test_after_a_shortage_steps_are_smaller_until_the_ranks_change() -> None:
     assert budget.tokens([5000], 300) == LEAST_TOKENS + 300  # streams have their tokens all the same
     assert budget.tokens([], 300) == MOST
     budget.begin(1)
-    assert budget.tokens([5000], 0) == MOST
+    assert budget.tokens([5000], 0) == FIRST_TOKENS
 
 
 @pytest.mark.parametrize("most", [1, 16, LEAST_TOKENS])

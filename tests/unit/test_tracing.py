@@ -123,7 +123,7 @@ def test_what_is_not_taken_is_counted(sink: Sink) -> None:
 
 def test_a_missing_extra_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"pip install 'elasticmoe\[otel\]'") as raised:
+    with pytest.raises(ConfigError, match=r"pip install '\.\[otel\]'") as raised:
         open_spans("http://127.0.0.1:4318", "router", "default", print)
     assert raised.value.code == "no_opentelemetry"
     assert open_spans("", "router", "default", print) is None

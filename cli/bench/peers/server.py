@@ -24,6 +24,7 @@ from elasticmoe.cli.load.client import run_clients
 from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.load.sample import Sample
 from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.wording import counted
 
 START_S_MAX, LOAD_S_MAX = 600.0, 1_800.0
 _LOOK_S = 0.05
@@ -85,7 +86,7 @@ class PeerServer:
                     return await run_clients(self.url, shape, clients, num_requests, seed)
             except TimeoutError:
                 if limit.expired():
-                    raise self._error(f"{num_requests} requests took over {seconds_max:g} s") from None
+                    raise self._error(f"{counted(num_requests, 'request')} took over {seconds_max:g} s") from None
                 raise
 
         try:

@@ -64,14 +64,15 @@ class View(NamedTuple):
 
 
 def full_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | None) -> View:
-    """All that there is, for a rank that attaches: what shall go is taken from it afterwards, as from any other."""
+    """All memory of the device, for a rank that attaches. What is on its way out is taken from that rank afterwards, as
+    from any other."""
     needed, allowed = layouts(loaded, transition)
     is_needed = any(layout.seat_on(memory.device.name) for layout in needed)
     return View(memory.records, memory.kv, needed if is_needed else allowed)
 
 
 def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | None) -> View | None:
-    """What the rank on `memory`'s device shall have; None where its seat has left, and it keeps what it has."""
+    """What the rank on `memory`'s device shall have; None where its seat has left: then the rank keeps what it has."""
     needed, _ = layouts(loaded, transition)
     name = memory.device.name
     keys = keys_of(needed, name)
@@ -82,7 +83,7 @@ def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | N
         kv = kv[: transition.request.kv_handles.get(name, len(kv))]
     routed = needed
     if transition is not None and transition.phase in ("vacating", "copying"):
-        # Early, so that a rank to which nothing else comes is prepared before the copies are over.
+        # Told early, so that a rank that gets nothing else is prepared before the copies are over.
         routed = (transition.before, transition.after)
     return View({key: handle for key, handle in memory.records.items() if key in keys}, kv, routed)
 
@@ -140,13 +141,13 @@ def replica_devices(device: str, layouts: tuple[Layout, ...]) -> tuple[str, ...]
 
 
 def _replica_on(device: str, layouts: tuple[Layout, ...]) -> tuple[int, ...]:
-    """Of the device's seat, which is the same in all layouts that have it."""
+    """Slots of the replica that has a seat on `device`; all layouts that have that seat have the same replica."""
     seats = ((layout, layout.seat_on(device)) for layout in layouts)
     return next((layout.replica_of(seat) for layout, seat in seats if seat is not None), ())
 
 
 def _mailboxes(view: View, holdings: Holdings, importer: int, fds: _Fds) -> Iterator[SharedMailbox]:
-    """Those of the view's seats that are made. A seat whose memory is still on its way has none yet."""
+    """Mailboxes of the view's seats, as far as they are made. A seat whose memory is still on its way has none yet."""
     seats = {seat.slot: seat for layout in view.layouts for seat in layout.seats}
     for slot, seat in sorted(seats.items()):
         memory = holdings.memories[seat.device]

@@ -97,7 +97,7 @@ class Transitions:
             self._ended_at.pop(slot, None)
 
     def on_detach(self, slot: int) -> None:
-        """A rank's connection has ended. It may live on: who fails in a step ends the generation so, and resumes."""
+        """A rank's connection has ended. A rank that fails in a step ends it to end the generation, and resumes."""
         self._ended_at[slot] = self._clock.monotonic()
 
     # ---- Commands
@@ -315,7 +315,7 @@ class Transitions:
     # ---- Giving memory back
 
     def _is_used(self, memory: DeviceMemory) -> bool:
-        """Whether a thread of this process uses memory that may be given back: it is not for long."""
+        """Whether a thread of this process uses memory that may be given back; none does so for long."""
         return self._holdings.num_readers > 0 or self._copies.is_busy(memory.device.name)
 
     def _retreat(self, transition: Transition, layout: Layout, kv_handles: Mapping[str, int], end: Phase) -> bool:
@@ -333,7 +333,7 @@ class Transitions:
         return True
 
     def _take_back(self, transition: Transition, layout: Layout) -> bool:
-        """Whether no device holds what it need not hold by `layout`."""
+        """Give back what `layout` does not need, once no rank uses it. Returns whether no device held any of that."""
         is_done = True
         gone: list[tuple[DeviceMemory, Handle | HostShared]] = []
         seats = sorted({*transition.before.seats, *transition.after.seats}, key=attrgetter("slot"))
@@ -344,7 +344,7 @@ class Transitions:
             if not extra and (keys or not (memory.kv or memory.ledger or memory.mailbox)):
                 continue
             is_done = False
-            # All map a mailbox, also between two connections. A leader has KV copied from all ranks of its replica.
+            # All ranks map a mailbox, also while not attached. A leader has KV of all its replica's ranks copied.
             others = seats if memory.mailbox else [one for one in seats if one.rank.replica == seat.rank.replica]
             holders = (seat,) if keys else others
             if not all(self._is_let_go(one.slot, one in layout.seats) for one in holders) or self._is_used(memory):
@@ -359,15 +359,15 @@ class Transitions:
         return is_done
 
     def _is_let_go(self, slot: int, stays: bool) -> bool:
-        """Whether no rank has mapped more of the slot's device than it shall have."""
+        """Whether the rank in `slot` has unmapped what it shall not have, or has ended. `stays`: its seat stays."""
         attached = self._attachments.by_slot.get(slot)
         if attached is not None:
             return stays and self._is_settled(attached)
         now = self._clock.monotonic()
         if slot in self._unseen:
-            # A living rank of a seat that stays resumes, or a new one comes; one that left may have died unseen.
+            # In a seat that stays, a rank resumes or a new one comes; one that left may have ended before this start.
             return not stays and now > self._resume_until
-        # Its rank ended while this HMM looked; one that stays may only have failed in a step, and resumes soon.
+        # This HMM has seen the connection end. Where the seat stays, the rank may have failed in a step and resume.
         return not stays or slot not in self._ended_at or now - self._ended_at[slot] > _RESUME_S
 
     def _grow(self, transition: Transition, kv_handles: Mapping[str, int]) -> bool:

@@ -61,6 +61,7 @@ def _refuse(raw: ResponsesRequest) -> None:
         ("prompt", raw.prompt is not None, "no prompts are kept"),
         ("truncation", raw.truncation == "auto", "send what is to be read"),
         ("top_logprobs", bool(raw.top_logprobs), "use /v1/chat/completions"),
+        ("text.verbosity", raw.text is not None and raw.text.verbosity not in (None, "medium"), "say it in a message"),
         ("max_tool_calls", raw.max_tool_calls is not None, "the server runs no tools"),
     ):
         if is_asked:

@@ -184,7 +184,7 @@ class ResponsesRenderer:
             "reasoning": {"effort": raw.reasoning.effort if raw.reasoning else None, "summary": None},
             "store": False,
             "temperature": sampling.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(raw), "verbosity": "medium"},
             "tool_choice": "auto" if raw.tool_choice is None else raw.tool_choice,
             "tools": raw.tools or [],
             "top_p": sampling.top_p,
@@ -192,3 +192,14 @@ class ResponsesRenderer:
             "usage": usage if is_over else None,
             "user": raw.user,
         }
+
+
+def _format(raw: ResponsesRequest) -> dict[str, Any]:
+    """What the text was asked to be."""
+    given = raw.text.format if raw.text else None
+    if given is None or given.type == "text":
+        return {"type": "text"}
+    if given.type == "json_object":
+        return {"type": "json_object"}
+    facts = {"name": given.name, "description": given.description, "schema": given.schema or {}, "strict": True}
+    return {"type": given.type, **facts}

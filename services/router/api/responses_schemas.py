@@ -87,6 +87,7 @@ class TextOptions(msgspec.Struct, frozen=True):
     """Of the answer's text."""
 
     format: Annotated[TextFormat | None, says("Text, or JSON")] = None
+    verbosity: Annotated[Annotated[str, Meta(max_length=64)] | None, says("Only `medium`: say it in a message")] = None
 
 
 class ReasoningOptions(msgspec.Struct, frozen=True):

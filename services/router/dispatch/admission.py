@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Self
 
 from elasticmoe.common.protocol.errors import InvalidRequest, Overloaded
+from elasticmoe.common.wording import counted
 
 # Bytes of an answer per token, about: its text, and its log probabilities with each alternative: of the output while
 # they wait for a reader, of the prompt as JSON.
@@ -17,6 +18,10 @@ CHOICE_BYTES = 4_096  # of one that has ended, beside its text
 PROMPT_LOGPROB_BYTES = 64
 PROMPT_BYTES = 48  # of a prompt's token that is submitted once more, for another choice
 PROMPT_LOGPROBS_MAX = 131_072  # of one prompt, alternatives counted: a rank tells them in one message
+
+
+def _served(number: int) -> str:
+    return f"{counted(number, 'request')} {'is' if number == 1 else 'are'} being served"
 
 
 class Permits:
@@ -29,7 +34,7 @@ class Permits:
     def check(self) -> None:
         """Raises Overloaded when none is free: the cheap refusal, before a body is read."""
         if self.num_held >= self.most:
-            raise Overloaded(f"{self.num_held} requests are being served; the limit is {self.most}")
+            raise Overloaded(f"{_served(self.num_held)}; the limit is {self.most}")
 
     def acquire(self) -> Permit:
         """Take one. Raises Overloaded when none is free; never waits."""
@@ -73,7 +78,7 @@ class Permit:
             raise InvalidRequest(f"{count} choices in one request exceed the limit of {permits.most}", param="n")
         if permits.num_held + extra > permits.most:
             raise Overloaded(
-                f"{permits.num_held} requests are being served and {extra} more are asked for; "
+                f"{_served(permits.num_held)} and {extra} more {'is' if extra == 1 else 'are'} asked for; "
                 f"the limit is {permits.most}"
             )
         permits.num_held += extra

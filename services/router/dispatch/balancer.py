@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from elasticmoe.common.layout import RankId
+from elasticmoe.common.wording import counted
 
 STALE_S = 2.5  # silent, or with work and without progress, for longer: no new work while others are fresh
 LOST_S = 10.0  # silent for longer: as good as dead
@@ -55,12 +56,12 @@ def decide(candidates: Sequence[Candidate], turn: int) -> tuple[RankId | None, s
     """
     alive = sorted(candidate for candidate in candidates if candidate.silent_s <= LOST_S)
     if not alive:
-        return None, f"none of {len(candidates)} replicas has reported within {LOST_S:g} s"
+        return None, f"no replica of {len(candidates)} has reported within {LOST_S:g} s"
     kind, among = _best(alive)
     least = min((candidate.is_full, candidate.load) for candidate in among)
     equal = [candidate for candidate in among if (candidate.is_full, candidate.load) == least]
     chosen = equal[turn % len(equal)]
-    return chosen.rank, f"load {chosen.load:.2f} is the least of {len(among)} {kind} replicas"
+    return chosen.rank, f"load {chosen.load:.2f} is the least of {counted(len(among), f'{kind} replica')}"
 
 
 def _best(alive: Sequence[Candidate]) -> tuple[str, Sequence[Candidate]]:

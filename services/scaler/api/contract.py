@@ -25,7 +25,7 @@ class ScaleStatus(msgspec.Struct, frozen=True):
 
     instance_id: Annotated[str, says("Names the deployment; another one where its state was dropped", "i-9f2c61d04b7e")]
     operation_id: Annotated[str | None, says("`op_id` of the operation in progress, else of the last one", "grow")]
-    effective_size: Annotated[int, says("Replicas that serve now")]
+    effective_size: Annotated[int, says("Replicas of the layout in force")]
     pending_target: Annotated[int | None, says("Replicas that there will be; null while no operation is in progress")]
     phase: Annotated[
         OperationPhase | Literal["idle"], says("Of that operation: `done` and `aborted` have ended; `idle`: of none")
@@ -54,7 +54,7 @@ def scale_status(snapshot: StatusSnapshot) -> ScaleStatus:
         instance_id=snapshot.instance,
         operation_id=operation.op_id if operation is not None else None,
         effective_size=layout.dp,
-        pending_target=current.planned.replicas_after if current is not None and current.planned is not None else None,
+        pending_target=_pending(current) if current is not None else None,
         phase=operation.phase if operation is not None else "idle",
         participating_ranks=tuple(str(seat.rank) for seat in layout.seats),
         joining_ranks=current.planned.joining if current is not None and current.planned is not None else (),
@@ -62,6 +62,13 @@ def scale_status(snapshot: StatusSnapshot) -> ScaleStatus:
         topology_generation=layout.epoch,
         last_error=operation.error if operation is not None else None,
     )
+
+
+def _pending(operation: Operation) -> int | None:
+    """Replicas that it leads to: those that there were, once it is given up."""
+    if operation.planned is None:
+        return None
+    return operation.planned.replicas_before if operation.phase == "abort" else operation.planned.replicas_after
 
 
 def _safe_ranks(snapshot: StatusSnapshot, operation: Operation | None) -> tuple[str, ...]:

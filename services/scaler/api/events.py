@@ -39,7 +39,7 @@ KINDS: dict[str, Kind] = {
         | {"leg": "counted from 1", "before": "the phase that ended", "before_s": "seconds spent in it"},
     ),
     "operation_late": Kind("A committed operation is past its deadline; it goes on", _OP_ID | _PHASE),
-    "operation_cancel": Kind("An operator has cancelled an operation", _OP_ID),
+    "operation_cancel": Kind("An operator, or the policy, has cancelled an operation", _OP_ID),
     "operation_gives_way": Kind("The operation ends early, for one that leaves a lost device out", _OP_ID),
     "operation_ended": Kind(
         "An operation has ended; `reason` says why", _OP_ID | {"outcome": "`done`, `cancelled` or `aborted`"}

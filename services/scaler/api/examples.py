@@ -61,6 +61,7 @@ _OPERATION = {
     "legs": 2,
     "attempt": 1,
     "request": _REQUEST,
+    "by": "operator",
     "accepted_unix": 1795668293.2,
     "deadline_s": 600.0,
     "elapsed_s": 1.31,

@@ -170,6 +170,7 @@ def operation_view(operation: Operation, cluster: Cluster | None = None) -> view
         legs=operation.num_legs,
         attempt=operation.progress.attempt + 1,
         request=operation.request,
+        by="operator" if operation.policy_order is None else "policy",
         accepted_unix=operation.accepted_unix,
         deadline_s=operation.deadline_s,
         elapsed_s=round(operation.elapsed_s, 4),

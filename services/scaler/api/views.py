@@ -126,6 +126,7 @@ class Operation(msgspec.Struct, frozen=True):
     legs: Annotated[int, says("How many it has")]
     attempt: Annotated[int, says("The present attempt at this leg, from 1")]
     request: Annotated[Request, says("What was asked for")]
+    by: Annotated[Literal["operator", "policy"], says("Whose order it is; what comes by this API is the operator's")]
     accepted_unix: Annotated[float, says("When it was accepted, in seconds since 1970")]
     deadline_s: Annotated[float, says("It is undone unless it is committed by then")]
     elapsed_s: Annotated[float, says("Since it was accepted; time without a scaler is not counted")]

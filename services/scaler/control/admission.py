@@ -60,7 +60,7 @@ REFUSE_S = 1.0  # what waits is refused so long before its client gives up
 
 class Order(msgspec.Struct, frozen=True):
     """A checked order. `target` is None for a rebalance; `op_id` is empty where the client gave none, `instance` where
-    it is for whatever deployment takes it."""
+    it is for whatever deployment takes it. `policy_order`: which of the policy's it is; None for somebody else's."""
 
     op_id: str
     request: Request
@@ -68,6 +68,7 @@ class Order(msgspec.Struct, frozen=True):
     is_dry_run: bool = False
     instance: str = ""
     caller: CallerTrace = NO_CALLER
+    policy_order: int | None = None
 
 
 class CancelOperation(msgspec.Struct, frozen=True):
@@ -257,14 +258,14 @@ class Admission:
 
 
 def repeated(order: Order, current: Operation | None, ended: Sequence[Operation]) -> Operation | None:
-    """The operation that this order already is. Raises Conflict `op_id_reused` for another request of the same op_id,
-    Running when another operation is in progress."""
+    """The operation that this order already is, whatever reason and deadline it comes with now. Raises Conflict
+    `op_id_reused` for another target of the same op_id, Running when another operation is in progress."""
     known: list[Operation] = [*([current] if current else ()), *ended]
     for operation in known if order.op_id else ():
         if operation.op_id == order.op_id:
             is_same_kind = (operation.kind == "rebalance") == (order.target is None)
-            if operation.request != order.request or not is_same_kind:
-                raise Conflict(f"operation {order.op_id} exists with another request", code="op_id_reused")
+            if operation.request.aim != order.request.aim or not is_same_kind:
+                raise Conflict(f"operation {order.op_id} exists with another target", code="op_id_reused")
             return operation
     if current is not None:
         raise Running(
@@ -299,6 +300,7 @@ def accept(
         num_legs=len(plan.legs) if plan else 0,
         lost_before=tuple(sorted(lost_before)),
         caller=order.caller,
+        policy_order=order.policy_order,
         accounting=Accounting(figures=figures),
     )
 

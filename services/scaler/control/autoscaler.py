@@ -248,7 +248,7 @@ class Autoscaler:
             return
         reason = f"policy: {action.reason}"
         request = Request(replicas=action.replicas, reason=reason, deadline_s=self._config.operation_deadline_s)
-        order = Order(action.op_id, request, Target(replicas=action.replicas))
+        order = Order(action.op_id, request, Target(replicas=action.replicas), policy_order=action.number)
         try:
             self._take(order)
         except Later:

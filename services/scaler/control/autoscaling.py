@@ -23,7 +23,7 @@ from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.scaler.planning.planner import plan_way
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts, WidthFacts
-from elasticmoe.services.scaler.policy.orders import PastOrder, number_of, remembering
+from elasticmoe.services.scaler.policy.orders import PastOrder, remembering
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason
 from elasticmoe.services.scaler.policy.step_model import nearest
@@ -123,10 +123,10 @@ def remembered(operations: Iterable[Operation], config: PolicyConfig, now: float
         at = now - max(0.0, now_unix - operation.accepted_unix)
         if lost_at is None and operation.lost_devices:
             lost_at = min(now, at + operation.elapsed_s)
-        number, planned = number_of(operation.op_id), operation.planned
+        number, planned = operation.policy_order, operation.planned
         is_done = operation.kind in _KINDS and operation.phase == "done" and not operation.lost_devices
         if planned is not None and (number is not None or is_done):
-            past.append(PastOrder(number, at, planned.replicas_before, planned.replicas_after))
+            past.append(PastOrder(number, operation.op_id, at, planned.replicas_before, planned.replicas_after))
     return Autoscaling(policy=remembering(config, reversed(past)), lost_at=lost_at)
 
 
@@ -183,4 +183,5 @@ def _actions(decision: Decision) -> tuple[Action, ...]:
     if decision.reason is Reason.CANCEL_STUCK:
         return (CancelStuck(decision.op_id),)
     assert decision.target is not None, "an order has a target"
-    return (ScaleTo(decision.op_id, decision.target, decision.reason.value, decision.supersedes or ""),)
+    number, supersedes = decision.state.num_orders, decision.supersedes or ""
+    return (ScaleTo(decision.op_id, decision.target, decision.reason.value, supersedes, number),)

@@ -12,6 +12,7 @@ from elasticmoe.common.layout import Seat
 from elasticmoe.common.protocol.errors import DoesNotFit
 from elasticmoe.common.protocol.hmm import SetMembership
 from elasticmoe.common.protocol.replies import Refused
+from elasticmoe.common.wording import counted
 from elasticmoe.services.scaler.actions import Action, AnnounceLayout, LoadLayout, StartSeat, StopSeat
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.state import DeploymentPhase, State, Status
@@ -95,7 +96,7 @@ def _fill(state: State, seen: Observation) -> Step[Status] | None:
         if seen.is_backing_off:
             return _step(waiting, f"ranks {_names(empty)} died again; the next start waits")
         starts = [StartSeat(seat, layout.epoch) for seat in cluster.startable(empty)]
-        return _step(waiting, f"seats {_names(empty)} have no rank; {cluster.standby} standbys", *starts)
+        return _step(waiting, f"seats {_names(empty)} have no rank; {counted(cluster.standby, 'standby')}", *starts)
     if without and _has_to_park(cluster, without):
         park = SetMembership(layout.slots, False)
         return _step(waiting, f"nobody steps by layout {layout.epoch} for now", park)

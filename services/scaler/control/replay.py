@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from elasticmoe.common.wording import counted
 from elasticmoe.services.scaler.control.audit_log import (
     Decision,
     PlanMade,
@@ -98,8 +99,8 @@ def decided(turn: TurnTaken, state: State) -> str:
     decision, width = state.autoscaling.decision, turn.seen.cluster.in_force.layout.dp
     if decision is None:
         return "nothing"
-    target = "" if decision.target is None else f" -> {decision.target}"
-    return f"{width}{target} replicas, {decision.reason}"
+    before, size = ("", width) if decision.target is None else (f"{width} -> ", decision.target)
+    return f"{before}{counted(size, 'replica')}, {decision.reason}"
 
 
 def _said(state: State) -> str:

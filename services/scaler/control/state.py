@@ -35,7 +35,7 @@ class Orphans(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """All that outlives a turn.
+    """What decisions are made from and outlives a turn.
 
     status: of the deployment
     ever_served: it has been serving since this scaler began

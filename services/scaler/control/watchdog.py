@@ -1,12 +1,15 @@
-"""Which ranks do not get on, though their processes live. Pure: no clock, no sockets.
+"""Which ranks make no progress, though their processes live. Pure: no clock, no sockets.
 
 A rank counts up its progress on the bus at each turn of its work loop, at each exchange of a step and while it waits
-for others, so at least every half second unless it is stopped, wedged, or deep in one layer's mathematics. A rank whose
-count stands while another's moves holds that one up: it is ejected after `stall_s`. Where nobody moves, all may be in a
-long step, for which they run or wait for a processor. Who does neither, whenever it is looked at, is stopped or sleeps
-in a call, not waiting for a peer, and is ejected after `stall_s` too, but for one that says that it waits for its
-device: then that computes the long step. Of the others the one that has stood longest is ejected after ALONE_FACTOR *
-`stall_s`. Ejected means killed: its seat's next rank goes on with its sequences.
+for others, so at least every half second unless it is stopped, wedged, or deep in one layer's mathematics. A rank that
+makes no progress is ejected: it is killed, and its seat's next rank goes on with its sequences. There are three cases:
+
+- A rank's count stands while another one's moves: it holds that one up, and is ejected after `stall_s`.
+- No count moves, and a rank neither runs nor waits for a processor, whenever it is looked at. It is stopped or sleeps
+  in a call, not waiting for a peer, and is ejected after `stall_s`, too. A rank that says that it waits for its device
+  is not: then the device computes a long step.
+- No count moves, and the other ranks may all be in a long step. Of them, the one whose count has stood longest is
+  ejected after ALONE_FACTOR * `stall_s`.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from elasticmoe.services.scaler.observation import Step
 
 ALONE_FACTOR = 4.0
 STRIDE_S = 0.5  # a pause between two looks counts as no more: then the watcher itself did not run, or the machine
-MOVING_S = 1.0  # whoever counted up within this time gets on
+MOVING_S = 1.0  # a rank that counted up within this time makes progress
 QUIET_PER_S = 25.0  # a rank without work counts up a few times a second, one that computes at every exchange
 
 
@@ -53,8 +56,8 @@ class Standing(msgspec.Struct, frozen=True):
 
 
 class Watched(msgspec.Struct, frozen=True):
-    """What was seen of each rank so far, by incarnation, and when. `is_quiet`: nobody computes, and nobody has stood
-    for long: the next look may be later."""
+    """What was seen of each rank so far, by incarnation, and when. `is_quiet`: no rank computes, and no rank's count
+    has stood for long: the next look may be later."""
 
     looked_at: float | None = None
     ranks: dict[str, Standing] = {}
@@ -95,7 +98,7 @@ def watch(before: Watched, stall_s: float, now: float, pulses: Iterable[Pulse]) 
 
 
 def _late(ranks: Mapping[str, Standing], stall_s: float) -> tuple[list[str], float, Collection[str]]:
-    """Who is to be ejected, the limit that it has passed, and whose standing that verdict is about."""
+    """The ranks to be ejected, the limit that they have passed, and the ranks whose standing that verdict is about."""
     is_awaited = any(at.still_s < min(MOVING_S, stall_s) for at in ranks.values())
     late = [name for name, at in ranks.items() if at.due_s >= stall_s and (is_awaited or at.asleep_s >= stall_s)]
     if late or is_awaited:

@@ -53,8 +53,8 @@ def migrate(operation: Operation, seen: Observation) -> Step[Operation]:
 def _end_migration(
     operation: Operation, loads: Mapping[int, RankLoad], leaders: Sequence[Seat], actions: list[Action], why: str
 ) -> Step[Operation]:
-    """No command to move sequences outlives this phase, whoever gave it: its targets may be gone one day. Who says
-    nothing now is told as well, but for ranks that are ended."""
+    """No command to move sequences, of this operation or another, outlives this phase: its targets may be gone one day.
+    A rank that does not tell its load now is told as well, unless its device was lost: then it is ended."""
     told = {*operation.progress.sources, *(slot for slot, load in loads.items() if _is_moving(load))}
     living = [seat for seat in leaders if seat.device not in operation.lost_meanwhile]
     ends = cancels(operation, (seat for seat in living if seat.slot in told or seat.slot not in loads))
@@ -63,7 +63,7 @@ def _end_migration(
 
 
 def _targets(moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> dict[int, tuple[MoveTarget, ...]]:
-    """By the slot that hands over."""
+    """By the slot whose rank hands over."""
     ranks = {seat.slot: seat.rank for seat in seats}
     targets: dict[int, tuple[MoveTarget, ...]] = {}
     for move in moves:
@@ -73,7 +73,7 @@ def _targets(moves: Iterable[SequenceMove], seats: Iterable[Seat]) -> dict[int, 
 
 
 def hurry(operation: Operation, seen: Observation) -> list[Action]:
-    """While the HMM makes memory for those that join: keep steps short, for the ranks learn of it between two."""
+    """While the HMM makes memory for ranks that join, keep steps short: the others learn of it between two steps."""
     leg = operation.current_leg()
     if not leg.joining or leg.leaving:
         return []
@@ -84,7 +84,8 @@ def hurry(operation: Operation, seen: Observation) -> list[Action]:
 def move_ahead(operation: Operation, seen: Observation) -> tuple[Operation, list[Action]]:
     """Let ranks get sequences ready for those that join, so that these have work from their first step on: places are
     reserved and KV is copied before the commit; sequences are handed over after the flip. All of that, and the flip,
-    waits for the ends of steps, so they are kept short meanwhile. Which ones is chosen once: loads change."""
+    waits for the ends of steps, so steps are kept short meanwhile. Which rank hands how many sequences to which is
+    chosen once, because loads change."""
     leg = operation.current_leg()
     if not leg.joining or leg.leaving:
         return operation, []
@@ -93,7 +94,7 @@ def move_ahead(operation: Operation, seen: Observation) -> tuple[Operation, list
     if operation.progress.ahead is None:
         stayers = {seat.slot for seat in leaders} - joining
         if precopy in {load.command for load in seen.loads.values()}:
-            # A scaler that has ended told them: what it chose is not known.
+            # They were told by a scaler that has ended: what it chose is not known.
             return progressed(operation, ahead=()), []
         ranks = seen.cluster.ranks
         is_listened_to = all(slot in ranks or slot in seen.starting for slot in joining)
@@ -110,7 +111,7 @@ def move_ahead(operation: Operation, seen: Observation) -> tuple[Operation, list
 
 
 def _untold(operation: Operation, loads: Mapping[int, RankLoad], command: CommandId) -> list[Seat]:
-    """The seats that stay, one of each replica, whose ranks do not say that they were told that."""
+    """The seats that stay, one of each replica, whose ranks tell their load and not that `command` is in force."""
     return [seat for seat in _leading_stayers(operation) if seat.slot in loads and loads[seat.slot].command != command]
 
 
@@ -122,8 +123,8 @@ def _leading_stayers(operation: Operation) -> list[Seat]:
 
 
 def end_ahead(operation: Operation, loads: Mapping[int, RankLoad]) -> tuple[list[Action], bool]:
-    """Tell all ranks that `move_ahead` may have told to get nothing ready any more; whether one still does. Who has not
-    read the one command yet reads the other after it."""
+    """Tell all ranks that `move_ahead` may have given a command to get nothing more ready. Returns also whether a rank
+    still does. A rank that has not read that command yet reads this one after it."""
     if not operation.current_leg().joining:
         return [], False
     return cancels(operation, _leading_stayers(operation)), _is_told_ahead(operation, loads)
@@ -145,8 +146,8 @@ def cancels(operation: Operation, seats: Iterable[Seat]) -> list[Action]:
 
 
 def empty_leavers(operation: Operation, seen: Observation) -> tuple[list[Action], list[Seat]]:
-    """Tell leaving ranks to hand over what they have, unless their own word is that they do; who is not empty yet. Who
-    has lost its memory has nothing to hand over."""
+    """Tell leaving ranks to hand over what they have, unless they say that they do. Returns also the seats whose ranks
+    are not empty yet. Ranks that leave because their devices are lost have nothing to hand over."""
     leg = operation.current_leg()
     drain = operation.command_id("drain")
     # Members of both layouts take over: a joining rank computes only after the flip.

@@ -42,6 +42,11 @@ class Request(msgspec.Struct, frozen=True):
     deadline_s: Annotated[float, says("Undone unless it is committed by then")] = DEADLINE_S
     is_lost: Annotated[bool, says("The devices of `remove` have lost their memory")] = False
 
+    @property
+    def aim(self) -> tuple[object, ...]:
+        """What is to come of it; the rest is how, and why."""
+        return self.replicas, self.devices, self.remove, self.is_lost
+
 
 class DeviceChange(msgspec.Struct, frozen=True):
     """What a plan does to one device."""
@@ -163,8 +168,8 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """One operation. Changed only by the reconciler's `advance`, and by a cancel.
 
     form: of its record; store/records.py reads the one before as well
-    accepted_unix, deadline_s, planned, num_legs, lost_before, caller: as of its acceptance; `lost_before` names the
-        devices that had been lost
+    accepted_unix, deadline_s, planned, num_legs, lost_before, caller, policy_order: as of its acceptance; `lost_before`
+        names the devices that had been lost, `policy_order` which of the policy's orders it is, None for an operator's
     plan: None for a rebalance, and when it is over
     leg, phase, why: where it stands
     clock: the monotonic reading that the two sums were counted to; None after a restart
@@ -185,6 +190,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     num_legs: int = 0
     lost_before: tuple[str, ...] = ()
     caller: CallerTrace = NO_CALLER
+    policy_order: int | None = None
     leg: int = 0
     phase: OperationPhase = "plan"
     why: str = "accepted"

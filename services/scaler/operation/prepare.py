@@ -75,7 +75,7 @@ def _failure(operation: Operation, seen: Observation, transition: TransitionStat
         lost = ", ".join(operation.lost_meanwhile)
         return Refused(DEVICE_LOST, f"given up before leg {operation.leg + 1}: {lost} was lost", True)
     if operation.is_cancelled:
-        return Refused("cancelled", "cancelled by the operator")
+        return Refused("cancelled", "cancelled on request")
     if seen.no_room and not seen.is_durable:
         return Refused(STORAGE_FULL, f"the operation's records find no room: {seen.no_room}", True)
     if operation.elapsed_s > operation.deadline_s:

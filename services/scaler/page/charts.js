@@ -170,10 +170,10 @@ export class ChartCard {
     this.#columns = columns;
     this.#chart.update(columns, objective);
     setText(this.#note, objective === null ? "" : `objective ${this.#spec.format(objective)}`);
-    const [first] = this.#spec.lines;
-    const last = columns[first[0]].at(-1) ?? null;
+    const last = this.#spec.lines.map(([name]) => columns[name].at(-1) ?? null).filter((value) => value !== null);
     const isMissed =
-      objective !== null && last !== null && (this.#spec.isGoodAbove ? last < objective : last > objective);
+      objective !== null &&
+      last.some((value) => (this.#spec.isGoodAbove ? value < objective : value > objective));
     this.element.classList.toggle("missed", isMissed);
     this.#note.classList.toggle("missed", isMissed);
     if (isMissed) setText(this.#note, `${this.#note.textContent}: missed`);

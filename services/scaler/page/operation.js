@@ -25,7 +25,7 @@ export function standing(operation) {
 /** Its head line. */
 export function headline(operation) {
   const { planned } = operation;
-  const size = planned === null ? "" : `, ${planned.replicas_before} → ${planned.replicas_after} replicas`;
+  const size = planned === null ? "" : `, ${planned.replicas_before} → ${plural(planned.replicas_after, "replica")}`;
   return `${words(operation.kind)}${size}`;
 }
 
@@ -144,7 +144,7 @@ export function planView(plan) {
   const lines = [
     planned.joining.length ? `joining: ${planned.joining.join(", ")}` : "",
     planned.leaving.length ? `leaving: ${planned.leaving.join(", ")}` : "",
-    `${number(planned.experts_moved)} experts move, in ${plural(plan.legs.length, "leg")}`,
+    `${plural(planned.experts_moved, "expert")} to move, in ${plural(plan.legs.length, "leg")}`,
   ];
   return h(
     "div",
@@ -152,7 +152,7 @@ export function planView(plan) {
     h(
       "p",
       { class: "lead" },
-      `${words(plan.kind)}, ${planned.replicas_before} → ${planned.replicas_after} replicas. `,
+      `${words(plan.kind)}, ${planned.replicas_before} → ${plural(planned.replicas_after, "replica")}. `,
       lines.filter(Boolean).join("; "),
       ".",
     ),

@@ -21,10 +21,15 @@ class Target(msgspec.Struct, frozen=True):
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """What predictions are made from. `link_bytes_per_s`: of one device's link, each way; `copy_bytes_per_s`: limit of
-    all copies of a leg together, but where replicas join or lost devices are left out, 0 for none; `handle_s`: seconds
-    to create, export and map one page handle; `warm_up_s`: from a standby's attach to its first step; `step_s`: one
-    step of the engine."""
+    """What predictions are made from.
+
+    link_bytes_per_s: of one device's link, each way
+    copy_bytes_per_s: limit of all copies of a leg together, 0 for none; not where replicas join or lost devices are
+        left out
+    handle_s: seconds to create, export and map one page handle
+    warm_up_s: seconds from a standby's attach to its first step
+    step_s: seconds of one step of the engine
+    """
 
     link_bytes_per_s: float = 4e9
     copy_bytes_per_s: float = 0.0
@@ -36,10 +41,14 @@ class Rates(msgspec.Struct, frozen=True):
 class Leg(msgspec.Struct, frozen=True):
     """One change of the layout, from the epoch before to `layout.epoch`.
 
-    `copies`: every weight record that has to come to a device, with the device that it is read from, or none where only
-    the checkpoint has it; together they are `bytes_copied`. `kv_handles`: by device of both layouts, from the
-    preparation to the release; `kv_handles_after`: by device of `layout`, from the release on. `peak_bytes`: by device
-    of both layouts, the most bytes of weights, KV and ledger at any instant of the leg.
+    layout: the one that it leads to
+    joining: seats of `layout` that the layout before does not have; `leaving`: the reverse
+    copies: every weight record that has to come to a device, with the device that it is read from, or none where only
+        the checkpoint has it
+    kv_handles: by device of both layouts, from the preparation to the release
+    kv_handles_after: by device of `layout`, from the release on
+    bytes_copied: bytes of all copies together
+    peak_bytes: by device of both layouts, the most bytes of weights, KV, ledger and mailbox at any instant of the leg
     """
 
     layout: Layout
@@ -55,9 +64,15 @@ class Leg(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """A whole operation: its legs in order (none when there is nothing to do), with what they cost.
 
-    `experts_moved`: expert records copied. `peak_bytes`: of weights, KV and ledgers, summed over all devices at the
-    worst instant; `bytes_before` and `bytes_after`: the same sum before the first leg and after the last release.
-    `seconds` (from the command to the last release) and `pause_ms` (longest gap in a stream) are predictions by Rates.
+    kind: `scale_up` where more replicas join than leave, `scale_down` where fewer do, `replace` where as many do or all
+        devices are others afterwards, `none` where none do
+    before: the layout that it starts from
+    legs: in order
+    experts_moved: expert records copied; `bytes_copied`: bytes of all copies
+    peak_bytes: of weights, KV, ledgers and mailboxes, summed over all devices at the worst instant
+    bytes_before, bytes_after: the same sum before the first leg and after the last release
+    seconds: from the command to the last release, predicted by Rates
+    pause_ms: longest gap in a stream in milliseconds, predicted by Rates
     """
 
     kind: Literal["scale_up", "scale_down", "replace", "none"]

@@ -60,8 +60,8 @@ def _for_number(layout: Layout, wanted: int, devices: Sequence[str]) -> Seating:
     if needed > len(free):
         raise InvalidRequest(
             f"{counted(wanted, 'replica')} of {counted(layout.tp, 'device')} need {needed} more than the {len(used)} "
-            f"in use, and {len(free)} are free: take {len(replicas) + len(free) // layout.tp} replicas at most, or "
-            f"start with more devices (--devices)",
+            f"in use, and {len(free)} are free: take {counted(len(replicas) + len(free) // layout.tp, 'replica')} at "
+            f"most, or start with more devices (--devices)",
             code="too_few_devices",
         )
     return _split(layout, set(), free[:needed])
@@ -77,7 +77,7 @@ def _for_devices(layout: Layout, wanted: tuple[str, ...], devices: Sequence[str]
         raise NotFound(f"{unknown[0]:.80} is not one of the {len(devices)} devices: {names}", code="unknown_device")
     _check_some_stay(len(wanted))
     if len(wanted) % layout.tp:
-        raise _invalid(f"{len(wanted)} devices make no whole replicas of tp={layout.tp}")
+        raise _invalid(f"{counted(len(wanted), 'device')}: no whole replicas of tp={layout.tp}")
     leaving = {seat.rank.replica for seat in layout.seats if seat.device not in wanted}
     torn = [seat for seat in layout.seats if seat.rank.replica in leaving and seat.device in wanted]
     if torn:

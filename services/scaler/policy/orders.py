@@ -7,7 +7,6 @@ more than is allowed nor shrink sooner than it may.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import msgspec
@@ -20,7 +19,6 @@ from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder, Too
 TRY_AGAIN = 0.9  # of the load that a width was too small for
 BURST = 2.0  # times the load that there is in the mean
 SHOWN_S, SHOWN_S_MAX = 3_600.0, 86_400.0  # for which a flap counts against the width: no more than one an hour
-_ID = re.compile(r"policy-([0-9]{1,9})-[0-9]+\.[0-9]{3}")
 _replace = msgspec.structs.replace
 
 
@@ -29,16 +27,11 @@ def order_id(number: int, now: float) -> str:
     return f"policy-{number}-{now:.3f}"
 
 
-def number_of(op_id: str) -> int | None:
-    """Which of the policy's orders an operation comes from; None for somebody else's."""
-    found = _ID.fullmatch(op_id)
-    return int(found[1]) if found else None
-
-
 def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder) -> PolicyState:
     """After an order that is carried out, to a deployment of `width`."""
     now = order.sent_s
     state = _replace(state, order=order, num_orders=state.num_orders + 1, sent_s=(*state.sent_s, now))
+    state = _replace(state, own_op=order.op_id)
     state = _replace(state, above_since_s=None, excess=Excess(), cancelled=order.supersedes or state.cancelled)
     return resized(config, state, width, order.target, now)
 
@@ -87,7 +80,7 @@ def followed(config: PolicyConfig, state: PolicyState, deployment: DeploymentFac
     if before is None or before == deployment.width or deployment.is_recovering or is_lossy:
         return state
     by = deployment.last_op if deployment.operation is None else deployment.operation.op_id
-    if by is not None and number_of(by) is not None:
+    if by is not None and by == state.own_op:
         return state
     state = _replace(state, above_since_s=None, excess=Excess())  # of the size before
     return resized(config, state, before, deployment.width, now)
@@ -105,10 +98,11 @@ def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicySt
 
 
 class PastOrder(msgspec.Struct, frozen=True):
-    """An order that was carried out by an earlier process: its number, None of somebody else's; when it was accepted,
-    by this one's clock, and which change it was."""
+    """An order that was carried out by an earlier process: its number, None of somebody else's, and its operation; when
+    it was accepted, by this one's clock, and which change it was."""
 
     number: int | None
+    op_id: str
     at_s: float
     width: int
     target: int
@@ -123,6 +117,6 @@ def remembering(config: PolicyConfig, orders: Iterable[PastOrder]) -> PolicyStat
         if past.number is None:
             state = resized(config, state, past.width, past.target, past.at_s)
             continue
-        state = sent(config, past.width, state, ScaleOrder("", past.target, past.at_s))
+        state = sent(config, past.width, state, ScaleOrder(past.op_id, past.target, past.at_s))
         state = _replace(state, order=None, num_orders=past.number)
     return state

@@ -17,6 +17,7 @@ from typing import Final
 import msgspec
 
 from elasticmoe.common.protocol.errors import Unavailable
+from elasticmoe.common.wording import size
 from elasticmoe.services.scaler.operation.operation import Operation
 
 FILE_NAME: Final = "reserve"
@@ -54,7 +55,8 @@ class DiskReserve:
                 os.close(fd)
         except OSError as error:
             self.give_up()
-            text = f"an operation's records need {nbytes} bytes on the store's disk: {error.strerror}"
+            needed = f"an operation's records need {size(nbytes)} on the store's disk, in {self._folder}"
+            text = f"{needed}: {error.strerror}; make room there, and ask again"
             raise Unavailable(text, code="storage_full") from None
 
     def give_up(self) -> bool:

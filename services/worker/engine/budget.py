@@ -8,7 +8,8 @@ waits: many prompts want large steps, in which weights are read less often; few 
 One prompt alone never gains by being cut.
 
 A running stream gets one token a step, so what prompts add to a step is what it waits longer. What steps take is
-learned, and may be wrong: beside streams no step is more than twice as large as one that is known.
+learned, and may be wrong: beside streams no step is more than twice as large as one that is known. Nor does any step
+take so long that its rank, which tells nothing meanwhile, is taken for lost.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from typing import Final
 
 LEAST_TOKENS: Final = 128  # a step may have so many in any case
 BEARABLE_S: Final = 0.5  # a step with more lasts no longer while streams run, as far as is known
+LONGEST_S: Final = 2.0  # nor while none do: routers doubt a rank that has been silent for 2.5 s
 FIXED_TOKENS: Final = 64.0  # F / b until both are known
+FIRST_TOKENS: Final = 1024  # of prompts in a step until then, where no streams run
 TELLING_TOKENS: Final = 64  # of prompts: a step with so many says something of b
 SHARE_OF_LOWER: Final = 1 / 2  # of the last step in what is known, where it took less than that
 SHARE_OF_HIGHER: Final = 1 / 16  # where it took more: it may have waited for something
@@ -51,7 +54,10 @@ class StepBudget:
         `num_prompt` of prompts."""
         self._are_others = total_tokens > num_tokens
         self._largest = max(self._largest, total_tokens)
-        if num_prompt == 0 and (not self._are_others or total_tokens < TELLING_TOKENS):
+        # Another replica that brings about as many as this one, which brings no prompts, has none either.
+        others = total_tokens - num_tokens
+        is_plain = total_tokens < TELLING_TOKENS or others <= (self._num_replicas - 1) * num_tokens
+        if num_prompt == 0 and is_plain:
             self._fixed_s = _moved(self._fixed_s, seconds)
         elif num_prompt >= TELLING_TOKENS and self._fixed_s is not None and seconds > self._fixed_s:
             self._token_s = _moved(self._token_s, (seconds - self._fixed_s) / total_tokens)
@@ -69,11 +75,12 @@ class StepBudget:
         get one besides."""
         if self.is_fixed or not prompts:
             return self._limit
-        ratio, bearable = FIXED_TOKENS, 0.0
+        ratio, bearable, longest = FIXED_TOKENS, 0.0, float(FIRST_TOKENS)
         if self._fixed_s is not None and self._token_s is not None:
             ratio, bearable = self._fixed_s / self._token_s, max(0.0, BEARABLE_S - self._fixed_s) / self._token_s
+            longest = max(0.0, LONGEST_S - self._fixed_s) / self._token_s
         replicas = self._num_replicas if self._are_others else 1
-        wanted = max(prompts[0], sqrt(sum(prompts) * ratio / replicas))
+        wanted = min(max(prompts[0], sqrt(sum(prompts) * ratio / replicas)), longest / replicas)
         if num_decoding or self._are_others:
             wanted = min(wanted, min(bearable, 2.0 * self._largest) / replicas)
         of_prompts = min(self._prompt_max, ceil(max(wanted, LEAST_TOKENS)))

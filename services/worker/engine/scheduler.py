@@ -17,6 +17,7 @@ from collections.abc import Sequence as Seq
 
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, DoesNotFit, InvalidRequest, Overloaded
 from elasticmoe.common.protocol.rank import Submit
+from elasticmoe.common.wording import counted
 from elasticmoe.services.worker.engine.blocks import BlockManager
 from elasticmoe.services.worker.engine.budget import StepBudget
 from elasticmoe.services.worker.engine.plan import Chunk, Draft, PlanFailed, StepPlan
@@ -60,10 +61,14 @@ class Scheduler:
         if length > capacity:
             raise ContextLengthExceeded(capacity, length - 1)
         if len(self.waiting) >= self.max_waiting:
-            raise Overloaded(f"{len(self.waiting)} requests wait; the limit is {self.max_waiting}", code="queue_full")
+            raise self._full(len(self.waiting))
         sequence = Sequence(request, peer, 0, now + request.deadline_s)
         self._enter(sequence, self.waiting)
         return sequence
+
+    def _full(self, num_waiting: int) -> Overloaded:
+        waiting = f"{counted(num_waiting, 'request')} {'waits' if num_waiting == 1 else 'wait'}"
+        return Overloaded(f"{waiting}; the limit is {self.max_waiting}", code="queue_full")
 
     def has_room(self, request: Submit) -> bool:
         """Whether a request with output so far may have another token here."""
@@ -289,7 +294,7 @@ class Scheduler:
         if num_blocks == 0:
             num_waiting = len(self.waiting) + sum(1 for other in self.holds if other.row < 0)
             if num_waiting >= self.max_waiting:
-                raise Overloaded(f"{num_waiting} requests wait; the limit is {self.max_waiting}", code="queue_full")
+                raise self._full(num_waiting)
             return
         if hold.row < 0 and not self._free_rows:
             raise Overloaded(f"all {self.max_sequences} rows are in use", code="rows_exhausted")

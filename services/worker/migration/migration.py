@@ -74,6 +74,12 @@ class Migration:
         return self._incoming.num_places
 
     @property
+    def is_handing(self) -> bool:
+        """Whether the next turn hands over sequences that run, so that streams wait for the two steps after the one
+        that comes now: in transit, and with the rank that they come to."""
+        return self._outgoing.is_handing
+
+    @property
     def has_work(self) -> bool:
         """Whether `turn` should be called within some milliseconds: a sequence moves, or is to be moved."""
         if self._outgoing.transfers:

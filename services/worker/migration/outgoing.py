@@ -70,6 +70,7 @@ class SequenceTransfer:
         self.reserved_before = 0.0
         self.asked_at = 0.0
         self.is_known = False  # to the target
+        self.is_announced = False  # that it is handed over in the next turn
         self.message: HandOver | None = None
         self.attempts = 0
 
@@ -119,6 +120,11 @@ class Outgoing:
     def on_the_way(self) -> Counter[RankId]:
         """Sequences by the rank that they move to."""
         return Counter(transfer.target.rank for transfer in self.transfers if transfer.stage != "draining")
+
+    @property
+    def is_handing(self) -> bool:
+        """See Migration."""
+        return any(t.is_announced and self._members >> t.target.slot & 1 for t in self.transfers if t.stage == "ready")
 
     @property
     def candidates(self) -> list[Sequence]:
@@ -308,6 +314,9 @@ class Outgoing:
             self._reserve(transfer, now)
         elif not (must_copy or may_copy) or full <= transfer.num_copied:
             if self._members >> transfer.target.slot & 1:
+                if sequence.kv_len and not transfer.is_announced:
+                    transfer.is_announced = True
+                    return
                 self._copy_last(transfer, place, now) if self._engine.has_followers else self._hand_over(transfer, now)
             elif now - transfer.reserved_at > FRESH_S:
                 self._reserve(transfer, now)  # a place is kept for those who are heard of

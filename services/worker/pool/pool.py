@@ -32,6 +32,7 @@ from elasticmoe.common.protocol.scaler import PoolStatus, RankExited, RankStarte
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.ties import take_in_orphans
 from elasticmoe.common.transport import Server, new_identity
+from elasticmoe.common.wording import counted
 from elasticmoe.services.worker.pool.children import Child
 from elasticmoe.services.worker.pool.forks import Forks
 from elasticmoe.services.worker.pool.seats import Seats, path_of
@@ -230,7 +231,8 @@ class Pool:
         self._failures = 1 if time.monotonic() - started_at > STANDBY_SETTLED_S else self._failures + 1
         log.warning(text, failures=self._failures, **facts)
         if self._failures > STANDBY_FAILURES_MAX:
-            raise Unavailable(f"{self._failures} processes died in a row before they had a seat; the last: {text}")
+            died = f"{counted(self._failures, 'process', 'processes')} died in a row before they had a seat"
+            raise Unavailable(f"{died}; the last: {text}")
         self._fork_at = time.monotonic() + STANDBY_BACKOFF_S * 2**self._failures
 
     def _on_rank_exit(self, child: Child, seat: StartRank, code: int | None) -> None:

@@ -1,19 +1,20 @@
 """One rank's part in the lockstep: its generation, the meeting at each step's start, the flip.
 
-While any rank has work, all step together: each step starts at a barrier where every rank says how many tokens it
-brings. When nobody brought any, all go to sleep on their sockets and their doorbell. Who gets work first
-arrives at the barrier and then rings; whoever wakes looks whether a peer waits there (a stale ring costs a look).
+While any rank has work, all ranks step together. Each step starts with a meeting: every rank arrives at the barrier,
+says how many tokens it brings, and waits for the others. After a meeting to which no rank brought any, all ranks go to
+sleep on their sockets and their doorbells. A sleeping rank that gets work arrives at the barrier and then rings the
+others. A rank that is woken looks whether a peer waits at the barrier; a stale ring costs no more than that look.
 
 When the generation changes, because a rank died or joined, the step in flight is discarded and planned again once
 the HMM publishes a running generation.
 
-A new layout needs no discarded step. The HMM *stages* a generation; a rank that sees it says so at its next
-meeting, and when all have said so at the same meeting, all know that all know: nobody computes that step, they make
-the staged generation the current one and go on in it, by its routing. (Who is slow to leave that meeting finds the
-generation over, as after any change; it had not begun to compute either.)
+A new layout needs no discarded step. The HMM *stages* a generation; a rank that sees it says so at its next meeting.
+When all have said so at the same meeting, each rank knows that the others know it too. No rank computes that step: each
+makes the staged generation the current one and goes on in it, by its routing. A rank that leaves the meeting late finds
+the generation over, as after any change; it had not begun to compute either.
 
 A rank may ask at the meeting to compute alone, to try a request that may be what makes steps fail (engine/trial.py):
-then all others compute no tokens of their own. Of several that ask, the one in the lowest slot does.
+then all other ranks compute no tokens of their own. Where several ask, the rank in the lowest slot computes.
 """
 
 from __future__ import annotations
@@ -30,22 +31,31 @@ from elasticmoe.services.worker.exchange.base import Exchange, StepAborted, Step
 log = get_logger("rank")
 
 MEET_MS = 500.0  # of waiting for others in one go: the rank looks that often whether it shall stop
-STAGED_STEPS_MAX = 2  # urgent because a layout is staged: who has not heard of it by then is slow for other reasons
-FIRST_STEPS = 3  # urgent after ranks came in: who brings them work needs up to two steps
+STAGED_STEPS_MAX = 2  # urgent because a layout is staged: a rank that has not seen it by then has other reasons
+FIRST_STEPS = 3  # urgent after ranks came in: the ranks that bring them work need up to two steps
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
-ALONE = 1 << 31  # beside the tokens that a rank says it brings: only if nobody else brings any
+HAND_OVER_STEPS = 2  # urgent: the one in which a sequence travels, and the one in which its next rank computes it
+HAND_OVERS_MAX = 8  # steps in a row that make others urgent so; then one takes prompts
+# What a rank says at a meeting: how many tokens it brings, and
+ALONE = 1 << 31  # only if nobody else brings any
+HANDING = 1 << 30  # after this step it hands sequences over
+TOKENS = HANDING - 1
 
 
 class Lockstep:
-    """Owned by the rank's thread. `barrier` and `exchange` stay the rank's, and `routings`: owners of the experts by
-    epoch, as the HMM has told them so far.
+    """The lockstep as one rank sees it. Owned by the rank's thread.
 
-    `generation`: the present one. `is_member`: takes part in it; `has_come_in`: for the first time. `is_awake`: steps
-    with the others, also without work of its own. `members`: bit mask of the slots that take part in the present
-    generation. `epoch`: of the layout whose routing is in use; 0 before the first generation. `has_turn`: the tokens
-    that this rank's replica brought count in the step that was met for last. `leader`: the slot that says how many, if
-    it is not the own one. `is_settled`: all have met since a step was given up, by this rank or by its seat's last
-    one, so that nobody is in the midst of that any more.
+    `barrier` and `exchange` stay the rank's, and so do `routings`: owners of the experts by epoch, as the HMM has told
+    them so far. `leader`: the slot that says how many tokens this rank's replica brings, if it is not the own one.
+
+    generation: the present one; 0 before the first
+    members: bit mask of the slots that take part in it
+    epoch: of the layout whose routing is in use; 0 before the first generation
+    is_member: this rank takes part in the present generation; `has_come_in`: for the first time
+    is_awake: it steps with the others, also without work of its own
+    has_turn: the tokens that this rank's replica brought count in the step that was met for last
+    is_settled: all have met since a step was given up, by this rank or by its seat's last one, so that no rank is in
+        the midst of that step any more
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class Lockstep:
         self._clock = clock
         self.generation = 0
         self._num_urgent = 0  # of the next steps
+        self._num_handing = 0  # steps that were followed by hand-overs, since the last one that was not urgent
         self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
         self._is_everybodys = True  # the last step
@@ -82,11 +93,11 @@ class Lockstep:
         self.is_settled = not barrier.membership().members >> slot & 1
 
     def sync(self) -> bool:
-        """Follow to the present generation, also as one who is no member. Whether it is a new one that runs:
-        the others' processes may be new ones since."""
+        """Follow to the present generation; a rank that is no member does so, too. Returns whether it is a new one that
+        runs: the others' processes may be new ones since."""
         generation, members, running, epoch = self._barrier.membership()
         if generation == self.generation:
-            self._staged()  # who is no member yet gets ready beside the others
+            self._staged()  # a rank that is no member yet gets ready beside the members
             return False
         routing = self._routings.get(epoch)
         if running and members >> self._slot & 1 and routing is None:
@@ -117,12 +128,12 @@ class Lockstep:
 
     @property
     def is_urgent(self) -> bool:
-        """Whether somebody waits for the end of the next step, so that it should be a short one: streams after a pause,
-        ranks that are about to flip, or whom `hurry` was called for. The rank meets the others for it anyway."""
+        """Whether the next step should be a short one, because something waits for its end: streams after a pause,
+        ranks that are about to flip, or what `hurry` was called for. The rank meets the others for it anyway."""
         return (self.is_awake and self._num_urgent > 0) or (self._num_staged < STAGED_STEPS_MAX and self._staged() != 0)
 
     def hurry(self, num_steps: int) -> None:
-        """Let at least so many of the next steps be urgent, until nobody has work."""
+        """Let at least so many of the next steps be urgent, until no rank has work."""
         if self.is_awake:
             self._num_urgent = max(self._num_urgent, num_steps)
 
@@ -132,12 +143,13 @@ class Lockstep:
         is_ready = generation and epoch in self._routings and self._exchange.prepare(generation)
         return generation if is_ready else 0
 
-    def meet(self, num_tokens: int, *, is_alone: bool = False) -> int | None:
+    def meet(self, num_tokens: int, *, is_alone: bool = False, is_handing: bool = False) -> int | None:
         """Arrive at the step's barrier with `num_tokens` and wait for the others; the tokens of all ranks together, to
         be computed now; 0 when there is nothing to compute, be it that the ranks have flipped to a new layout.
-        `is_alone`: nobody else's are to be computed with them. Whether the own ones are: `has_turn`.
+        `is_alone`: no other rank's are to be computed with them. Whether the own ones are: `has_turn`. `is_handing`:
+        the rank hands sequences over after this step, so the next HAND_OVER_STEPS are urgent for all.
 
-        Whoever comes from sleep first arrives, then rings those that are not there yet. None: not all have come within
+        A rank that was asleep first arrives, then rings those that are not there yet. None: not all have come within
         MEET_MS; the arrival stands, and the same call goes on waiting. Raises StepAborted when the generation is over,
         StepTimedOut when a peer stays away beyond STEP_MS_MAX.
         """
@@ -149,30 +161,36 @@ class Lockstep:
         else:
             wait_ms = MEET_MS
         try:
-            said = self._barrier.arrive(self.generation, num_tokens | (ALONE if is_alone else 0), flags, wait_ms)
+            words = num_tokens | ALONE * is_alone | HANDING * is_handing
+            said = self._barrier.arrive(self.generation, words, flags, wait_ms)
         except StepTimedOut:
             if self._clock.monotonic() > self._deadline:
                 raise
             self._flags = flags
             self._barrier.ring()
-            self._barrier.count_progress()  # who waits is not who is stuck
+            self._barrier.count_progress()  # a rank that waits is not stuck
             return None
         except StepAborted:
             self._flags = None
             raise
         self._flags = None
         self.is_settled = True
+        if not self._num_urgent:
+            self._num_handing = 0
         self._num_urgent = max(0, self._num_urgent - 1)
         staged = said[0][2]
         if staged and all(flag == staged for _, _, flag in said):
             self._flip(staged)
             return 0
-        alone = next(((slot, tokens ^ ALONE) for slot, tokens, _ in said if tokens & ALONE), None)
+        alone = next(((slot, words & TOKENS) for slot, words, _ in said if words & ALONE), None)
         self._is_everybodys, self.has_turn = alone is None, alone is None or alone[0] == self._leader
-        total = sum(tokens for _, tokens, _ in said) if alone is None else alone[1]
+        total = sum(words & TOKENS for _, words, _ in said) if alone is None else alone[1]
         self.is_awake, self._total = total > 0, total
         if not total:
             self._num_urgent = 0
+        if self._num_handing < HAND_OVERS_MAX and any(words & HANDING for _, words, _ in said):
+            self._num_handing += 1
+            self.hurry(HAND_OVER_STEPS)
         return total
 
     def _flip(self, generation: int) -> None:
@@ -184,8 +202,8 @@ class Lockstep:
 
     @property
     def num_clean(self) -> int:
-        """Steps of everybody that were completed since the last one that failed; 0 where the last one was not
-        everybody's."""
+        """Steps of all ranks that were completed since the last one that failed; 0 where the last one was one rank's
+        alone."""
         return self._num_clean if self._is_everybodys else 0
 
     def note_done(self) -> None:

@@ -77,6 +77,7 @@ class Rank(SeatLoop):
         self._windows = RankWindows(parts.seat, engine.scheduler, push, parts.exchange.take_expert_rows)
         self._welcome = Welcome()
         self._plan: StepPlan | None = None  # with which it has arrived at a barrier where not all are yet
+        self._is_handing = False  # see Migration.is_handing
         self._watchers: set[bytes] = set()
         self._progress = 0
         self._last_status: RankStatus | None = None
@@ -136,6 +137,7 @@ class Rank(SeatLoop):
         self._reports.turn(now)
         for router, message in self._migration.turn(now, lockstep.members):
             self._reports.tell(router, message)
+        self._is_handing = self._migration.is_handing
         self._reports.report(self._engine.end_overlong())
         if self._engine.scheduler.unready:
             self._prepare_grammars(now)
@@ -164,7 +166,7 @@ class Rank(SeatLoop):
         """Meet the others with `plan`, and compute what all have brought."""
         total: int | None = 0
         try:
-            total = self._lockstep.meet(plan.num_said, is_alone=plan.is_alone)
+            total = self._lockstep.meet(plan.num_said, is_alone=plan.is_alone, is_handing=self._is_handing)
         except StepAborted:  # before anything was computed here
             self._steps.end_unmet(plan)
         if total is None:

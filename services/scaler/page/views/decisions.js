@@ -70,7 +70,11 @@ function build({ store, feed, ask }) {
     done,
   );
   const lead = h("p", { class: "lead" });
-  const none = h("p", {}, "Nothing has been decided yet.");
+  const none = h(
+    "p",
+    {},
+    "This scaler has decided nothing yet. What was decided before it began is among the events.",
+  );
   const list = h("ol", { class: "timeline", "aria-label": "Decisions, newest first" });
   const entries = new Map();
   let drawn = null;
@@ -152,7 +156,7 @@ function build({ store, feed, ask }) {
 
 function entry(decision, reasons) {
   const changes = decision.target !== null;
-  const what = changes ? `${decision.replicas} → ${decision.target} replicas` : plural(decision.replicas, "replica");
+  const what = changes ? `${decision.replicas} → ${plural(decision.target, "replica")}` : plural(decision.replicas, "replica");
   const tone = decision.acts ? "ok" : changes ? "warn" : "calm";
   const { raw, smoothed, threshold, demand } = decision.evidence;
   const parts = Object.entries(raw)

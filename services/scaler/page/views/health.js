@@ -43,7 +43,7 @@ function build() {
     patch(element, make());
   }
 
-  function update({ now, policy, layout, processes: launched, events, isPastTold, connection }) {
+  function update({ now, policy, layout, processes: launched, events, isPastTold, eventsRefused, connection }) {
     const [tone, meaning] = MEANINGS[now.phase] ?? ["calm", ""];
     draw("lead", lead, [now.phase, now.reason, now.error], () => [
       h("p", {}, badge(tone, now.phase), ` ${now.reason}`),
@@ -62,8 +62,8 @@ function build() {
     draw("processes", processes, launched, () => processList(launched));
     draw("ranks", ranks, layout?.ranks, () => rankTable(layout));
     const found = events.filter(({ event }) => FAULTS.includes(event.kind));
-    draw("faults", faults, [found.map(({ id }) => id), isPastTold, now.fence], () =>
-      faultList(found, isPastTold, now.fence),
+    draw("faults", faults, [found.map(({ id }) => id), isPastTold, eventsRefused, now.fence], () =>
+      faultList(found, isPastTold, now.fence, eventsRefused),
     );
   }
 
@@ -153,8 +153,8 @@ function rankTable(layout) {
 }
 
 /** `fence`: the scaler's, with which the names of its events begin; there may be some of earlier ones. */
-function faultList(found, isPastTold, fence) {
-  if (!isPastTold) return h("p", {}, "Loading…");
+function faultList(found, isPastTold, fence, refused) {
+  if (!isPastTold) return h("p", {}, refused ? `None can be told for now: ${refused}.` : "Loading…");
   const own = found.filter(({ id }) => id.startsWith(`${fence}-`)).length;
   if (found.length === 0) return h("p", {}, "None since this scaler began.");
   const since = Date.now() / 1000 - HOUR_S;
