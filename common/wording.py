@@ -132,7 +132,7 @@ def not_json(error: Exception, raw: bytes) -> str:
     if isinstance(error, UnicodeDecodeError) or "surrogate" in str(error):
         return "the body is not valid JSON: it is not text in UTF-8 without halves of surrogate pairs"
     if "truncated" in str(error):
-        return f"the body is not valid JSON: its {len(raw)} bytes end before it is complete"
+        return f"the body is not valid JSON: it ends after {counted(len(raw), 'byte')}, before it is complete"
     malformed = _MALFORMED.match(str(error))
     where = f": what stands at byte {malformed[1]} is not allowed there" if malformed else ""
     return f"the body is not valid JSON{where}"

@@ -138,7 +138,7 @@ def test_what_a_text_says(router: RouterProcess, scaler: ScalerProcess) -> None:
     completions = "/v1/completions"
     assert told(router, completions, b"") == "the body is empty; it has to be a JSON object"
     assert told(router, completions, b'{"prompt": ') == (
-        "the body is not valid JSON: its 11 bytes end before it is complete"
+        "the body is not valid JSON: it ends after 11 bytes, before it is complete"
     )
     assert told(router, completions, {}) == "the body needs a field 'prompt'"
     chat = "/v1/chat/completions"
