@@ -42,7 +42,7 @@ help:
 	@echo 'test-hostile  what test runs, beside busy loops, with odd descriptors, another umask, as nobody (ARGS="busy user")'
 	@echo 'test-fast     unit tests and the simulation'
 	@echo 'accel-standin whole deployments on stand-ins of NPUs and GPUs (an hour; by hand: tests/devices/with_standins.py)'
-	@echo 'test-sim      the simulation alone: all cores in one thread, 1,100 seeds (one: python -m tests.sim SEED)'
+	@echo 'test-sim      the simulation alone: all cores in one thread, 1,250 seeds (one: python -m tests.sim SEED)'
 	@echo 'accel-test    the tests of backends, devices and deployments on a GPU that is there'
 	@echo 'accel         what accelerators here do: memory, parity, the oracle, benchmarks (STANDIN=npu: without one)'
 	@echo 'soak          half an hour of load, random faults and random resizes (ARGS="--seed 7 --minutes 60")'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from elasticmoe.cli.admin import not_running
 from elasticmoe.cli.arguments import number, refuse_beside, whole
 from elasticmoe.cli.http import check_url, speaks_tls, speaks_tls_text, tls_trouble, why
 from elasticmoe.cli.http import client as http_client
-from elasticmoe.cli.paths import RUN_DIR_VARIABLE, home_dir, run_dir_of
+from elasticmoe.cli.paths import home_dir, run_dir_of
 from elasticmoe.cli.settings import DEFAULTS
 from elasticmoe.cli.sse import ServerEvent, events_of
 from elasticmoe.cli.terminal import OUTPUT_FAILED, say, say_answer, typed
@@ -75,7 +74,7 @@ def base_url(args: argparse.Namespace) -> str:
         return str(args.url).rstrip("/").removesuffix("/v1")
     run_dir = run_dir_of(args.run_dir)
     record = living_record(run_dir)
-    if record is None and (args.run_dir or os.environ.get(RUN_DIR_VARIABLE)):
+    if record is None and args.run_dir:
         raise not_running(run_dir)
     return record.url if record is not None else _DEFAULT_URL
 

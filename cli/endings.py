@@ -27,6 +27,8 @@ def ends_as_by_ctrl_c() -> Iterator[None]:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     del number, frame
+    for each in _ENDS:  # a terminal that closes tells twice; what cleans up is not interrupted by that
+        signal.signal(each, signal.SIG_IGN)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background
         raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)

@@ -9,7 +9,6 @@ from elasticmoe.cli.terminal import is_text
 from elasticmoe.common.protocol.errors import ConfigError
 
 HOME_VARIABLE = "ELASTICMOE_HOME"
-RUN_DIR_VARIABLE = "ELASTICMOE_RUN_DIR"
 
 
 def home_dir() -> Path:
@@ -25,7 +24,7 @@ def home_dir() -> Path:
 
 def default_run_dir() -> Path:
     """`$ELASTICMOE_RUN_DIR`, else `${XDG_RUNTIME_DIR:-/tmp}/elasticmoe-<uid>/default`. Raises ConfigError."""
-    own = os.environ.get(RUN_DIR_VARIABLE)
+    own = os.environ.get("ELASTICMOE_RUN_DIR")
     if own:
         return absolute(own, "ELASTICMOE_RUN_DIR")
     base = os.environ.get("XDG_RUNTIME_DIR")

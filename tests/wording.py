@@ -12,8 +12,8 @@ LIBRARY = re.compile(
     r"Expecting value|Extra data|line \d+ column|[A-Z]\w+(?:Error|Exception|Timeout)\b|None\b|nan is|NoneType"
 )
 _NOUNS = (
-    "bytes characters entries members replicas devices processes experts requests streams ranks tokens sequences seconds "
-    "minutes records threads blocks layers steps legs times choices messages tools operations violations faults files"
+    "bytes characters entries members replicas devices processes experts requests streams ranks tokens sequences "
+    "seconds minutes records threads blocks layers steps legs times choices messages tools operations faults files"
 )
 PLURAL_OF_ONE = re.compile(rf"(?<![\d.,:-])1 (?:other |more )?(?:{_NOUNS.replace(' ', '|')})\b")
 CODE = re.compile(r"[a-z][a-z0-9_]{2,40}")

@@ -87,18 +87,26 @@ def running(model: str, replicas: int, *, devices: str = "", **settings: Any) ->
             "--admin-port",
             "0",
         ]
-        up = subprocess.run(
+        up = subprocess.Popen(
             [*COMMAND, "up", "--model", model, "--detach", *where, *size],
             stdout=subprocess.DEVNULL,
             env=dict(os.environ) | environment_of(settings),
+            start_new_session=True,
         )
+        try:
+            up.wait()
+        except BaseException:  # an interrupt of `up` ends what it has begun to start; our end would leave that behind
+            up.send_signal(signal.SIGINT)
+            up.wait()
+            raise
         record = read_record(run_dir)
         if up.returncode or record is None:
             raise ValueError(f"the deployment of {model} did not come up")
         try:
             yield Running(record.url, run_dir)
         finally:
-            subprocess.run([*COMMAND, "down", *where], check=True, stdout=subprocess.DEVNULL)
+            down = [*COMMAND, "down", *where]
+            subprocess.run(down, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 class Deployment:

@@ -138,7 +138,7 @@ def test_alerts_are_about_one_deployment_and_wait_for_what_does_not_pass(tmp_pat
     down = "ElasticMoETargetDown"
     cases: list[tuple[dict[str, str], str, str, dict[str, str] | None]] = [
         (epochs, epoch, "10m", None),  # two deployments are two
-        (epochs | {other: "3x30 4 3x9"}, epoch, "7m30s", None),  # a resize: scraped at different moments
+        (epochs | {other: "3x30 4 3x9"}, epoch, "7m45s", None),  # a resize: scraped at different moments
         (epochs | {other: "4x40"}, epoch, "10m", {"deployment": "a"}),
         (stuck | well, tokens, "10m", of_a),
         (well, tokens, "10m", None),

@@ -80,8 +80,13 @@ class Plant:
 
     def facts(self) -> DeploymentFacts:
         """What the policy is told."""
+        by = self.last_op if self.operation is None else self.operation.op_id
         return DeploymentFacts(
-            width=self.width, changed_s=self.changed_s, operation=self.operation, last_op=self.last_op
+            width=self.width,
+            changed_s=self.changed_s,
+            operation=self.operation,
+            last_op=self.last_op,
+            is_policys=by is not None and not by.startswith("theirs"),
         )
 
     def load(self, requests_per_s: float) -> Signals:

@@ -130,7 +130,7 @@ def test_a_lost_device_is_no_shrink_that_somebody_wished(lost_s: float | None) -
 @pytest.mark.parametrize(("share", "is_tried"), [(0.0, True), (0.3, True), (0.7, False)])
 def test_what_a_flap_showed_before_a_restart_holds_for_about_that_load_only(share: float, is_tried: bool) -> None:
     """For how much the smaller size was too small is not known again; for how much it is said to do is."""
-    known = remembering(world.CONFIG, [PastOrder(1, "own-1", 850.0, 3, 2), PastOrder(2, "own-2", 900.0, 2, 3)])
+    known = remembering(world.CONFIG, [PastOrder(1, 850.0, 3, 2), PastOrder(2, 900.0, 2, 3)])
     assert [(shown.width, shown.requests_per_s) for shown in known.too_small] == [(2, None)]
     plant = world.Plant(3)
     plant.state = known

@@ -103,7 +103,7 @@ def test_other_objectives_free_the_size() -> None:
 
 def test_after_a_restart_it_is_known_for_ten_minutes_only() -> None:
     past = [
-        PastOrder(2 * number + turn, "own", 500.0 * number + 50.0 * turn, 3 - turn, 2 + turn)
+        PastOrder(2 * number + turn, 500.0 * number + 50.0 * turn, 3 - turn, 2 + turn)
         for number in range(6)
         for turn in (0, 1)
     ]

@@ -72,7 +72,12 @@ def test_no_step_takes_so_long_that_its_rank_is_taken_for_lost() -> None:
     assert told(0.1, 0.002).tokens([1000], 0) == round((LONGEST_S - 0.1) / 0.002)
     assert told(0.1, 0.002, num_replicas=2).tokens([1000], 0) == round((LONGEST_S - 0.1) / 0.002)  # none else steps
     assert told(3.0, 0.002).tokens([1000], 0) == LEAST_TOKENS
-    assert StepBudget(MOST).tokens([5000], 0) == FIRST_TOKENS  # while nothing is known
+    budget = StepBudget(MOST)
+    assert budget.tokens([5000], 0) == FIRST_TOKENS  # while nothing is known
+    budget.note(1024, 1024, 1024, LONGEST_S)
+    assert budget.tokens([5000], 0) == FIRST_TOKENS
+    budget.note(1024, 1024, 1024, 0.3)  # a load without steps that only decode is no reason to stay there
+    assert budget.tokens([5000], 0) == MOST
 
 
 def test_running_streams_bear_so_much_and_have_their_own_tokens_besides() -> None:
@@ -95,7 +100,7 @@ def test_what_steps_take_is_learned_where_many_streams_run_in_several_replicas()
     budget = StepBudget(MOST)
     budget.begin(3)
     budget.note(0, 60, 175, 0.1)  # the others bring about as much, so no prompts
-    budget.note(128, 188, 303, 0.1 + 0.001 * 303)
+    budget.note(128, 188, 303, 0.1 + 0.001 * (303 - 175))
     assert budget.tokens([1000] * 50, 60) == ceil(min((BEARABLE_S - 0.1) / 0.001, 2 * 303) / 3) + 60
     other = StepBudget(MOST)
     other.begin(3)

@@ -54,7 +54,7 @@ def scale_status(snapshot: StatusSnapshot) -> ScaleStatus:
         instance_id=snapshot.instance,
         operation_id=operation.op_id if operation is not None else None,
         effective_size=layout.dp,
-        pending_target=_pending(current) if current is not None else None,
+        pending_target=_pending(current, layout.dp) if current is not None else None,
         phase=operation.phase if operation is not None else "idle",
         participating_ranks=tuple(str(seat.rank) for seat in layout.seats),
         joining_ranks=current.planned.joining if current is not None and current.planned is not None else (),
@@ -64,11 +64,11 @@ def scale_status(snapshot: StatusSnapshot) -> ScaleStatus:
     )
 
 
-def _pending(operation: Operation) -> int | None:
-    """Replicas that it leads to: those that there were, once it is given up."""
+def _pending(operation: Operation, replicas: int) -> int | None:
+    """Replicas that it leads to: those that there are, once it is given up."""
     if operation.planned is None:
         return None
-    return operation.planned.replicas_before if operation.phase == "abort" else operation.planned.replicas_after
+    return replicas if operation.phase == "abort" else operation.planned.replicas_after
 
 
 def _safe_ranks(snapshot: StatusSnapshot, operation: Operation | None) -> tuple[str, ...]:

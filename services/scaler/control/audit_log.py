@@ -24,7 +24,7 @@ ADVICE_AGAIN_S = 60.0  # so that advice at a threshold does not crowd out the jo
 _encoder = msgspec.msgpack.Encoder(order="deterministic")
 
 
-class PlanMade(msgspec.Struct, frozen=True, tag="plan"):
+class PlanMade(msgspec.Struct, frozen=True, tag="plan-2"):
     """What `plan_way` took, and the digest of what it gave, for the operation `op_id`."""
 
     op_id: str
@@ -37,7 +37,7 @@ class PlanMade(msgspec.Struct, frozen=True, tag="plan"):
     plan: str
 
 
-class TurnTaken(msgspec.Struct, frozen=True, tag="turn"):
+class TurnTaken(msgspec.Struct, frozen=True, tag="turn-2"):
     """What `reconcile` took and gave in a turn that changed the deployment's reason, the operation's leg, attempt or
     phase, or asked for something that is seldom; operations without their plans."""
 

@@ -82,6 +82,7 @@ def follow_load(
     """The policy's decision in one turn. `layout`: in force. `is_serving`: all of its ranks step. `is_lossy`: some of
     its devices are lost."""
     after = _seen(before, layout, last, now, is_lossy=is_lossy)
+    latest = operation if operation is not None else last
     facts = DeploymentFacts(
         width=layout.dp,
         changed_s=after.resized_at,
@@ -90,6 +91,7 @@ def follow_load(
         is_degraded=not is_serving,
         lost_s=after.lost_at,
         last_op=last.op_id if last is not None else None,
+        is_policys=latest is not None and latest.policy_order is not None,
         refused=load.refused,
         reaction_s=after.reaction_s,
         available=len(load.devices) // layout.tp,
@@ -126,7 +128,7 @@ def remembered(operations: Iterable[Operation], config: PolicyConfig, now: float
         number, planned = operation.policy_order, operation.planned
         is_done = operation.kind in _KINDS and operation.phase == "done" and not operation.lost_devices
         if planned is not None and (number is not None or is_done):
-            past.append(PastOrder(number, operation.op_id, at, planned.replicas_before, planned.replicas_after))
+            past.append(PastOrder(number, at, planned.replicas_before, planned.replicas_after))
     return Autoscaling(policy=remembering(config, reversed(past)), lost_at=lost_at)
 
 

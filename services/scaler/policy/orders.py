@@ -31,7 +31,6 @@ def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder
     """After an order that is carried out, to a deployment of `width`."""
     now = order.sent_s
     state = _replace(state, order=order, num_orders=state.num_orders + 1, sent_s=(*state.sent_s, now))
-    state = _replace(state, own_op=order.op_id)
     state = _replace(state, above_since_s=None, excess=Excess(), cancelled=order.supersedes or state.cancelled)
     return resized(config, state, width, order.target, now)
 
@@ -79,8 +78,7 @@ def followed(config: PolicyConfig, state: PolicyState, deployment: DeploymentFac
     is_lossy = deployment.lost_s is not None and now - deployment.lost_s < config.loss_hold_s
     if before is None or before == deployment.width or deployment.is_recovering or is_lossy:
         return state
-    by = deployment.last_op if deployment.operation is None else deployment.operation.op_id
-    if by is not None and by == state.own_op:
+    if deployment.is_policys:
         return state
     state = _replace(state, above_since_s=None, excess=Excess())  # of the size before
     return resized(config, state, before, deployment.width, now)
@@ -98,11 +96,10 @@ def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicySt
 
 
 class PastOrder(msgspec.Struct, frozen=True):
-    """An order that was carried out by an earlier process: its number, None of somebody else's, and its operation; when
-    it was accepted, by this one's clock, and which change it was."""
+    """An order that was carried out by an earlier process: its number, None of somebody else's; when it was accepted,
+    by this one's clock, and which change it was."""
 
     number: int | None
-    op_id: str
     at_s: float
     width: int
     target: int
@@ -117,6 +114,6 @@ def remembering(config: PolicyConfig, orders: Iterable[PastOrder]) -> PolicyStat
         if past.number is None:
             state = resized(config, state, past.width, past.target, past.at_s)
             continue
-        state = sent(config, past.width, state, ScaleOrder(past.op_id, past.target, past.at_s))
+        state = sent(config, past.width, state, ScaleOrder("", past.target, past.at_s))
         state = _replace(state, order=None, num_orders=past.number)
     return state

@@ -90,7 +90,6 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     unknown_since_s, known_since_s: since when something is not known, or everything is
     order: sent, and not answered yet
     num_orders: sent so far; they are numbered
-    own_op: the operation of the last one
     sent_s: of the orders in `operations_over_s`
     grown_s, shrunk_s: when the last growth and the last shrink were ordered, or, by others, made
     hold_s: before the next shrink, None: as configured
@@ -114,7 +113,6 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     known_since_s: float | None = None
     order: ScaleOrder | None = None
     num_orders: int = 0
-    own_op: str | None = None
     sent_s: tuple[float, ...] = ()
     grown_s: float | None = None
     shrunk_s: float | None = None

@@ -42,6 +42,8 @@ class StepBudget:
         self._fixed_s: float | None = None
         self._token_s: float | None = None
         self._largest = 0  # step that is known
+        self._plain = 0  # tokens of the last step without prompts
+        self._last_s = 0.0  # that the last step took
         self._are_others = False  # in the last step
 
     @property
@@ -54,13 +56,15 @@ class StepBudget:
         `num_prompt` of prompts."""
         self._are_others = total_tokens > num_tokens
         self._largest = max(self._largest, total_tokens)
+        self._last_s = seconds
         # Another replica that brings about as many as this one, which brings no prompts, has none either.
         others = total_tokens - num_tokens
         is_plain = total_tokens < TELLING_TOKENS or others <= (self._num_replicas - 1) * num_tokens
         if num_prompt == 0 and is_plain:
-            self._fixed_s = _moved(self._fixed_s, seconds)
+            self._fixed_s, self._plain = _moved(self._fixed_s, seconds), total_tokens
         elif num_prompt >= TELLING_TOKENS and self._fixed_s is not None and seconds > self._fixed_s:
-            self._token_s = _moved(self._token_s, (seconds - self._fixed_s) / total_tokens)
+            more = max(num_prompt, total_tokens - self._plain)
+            self._token_s = _moved(self._token_s, (seconds - self._fixed_s) / more)
 
     def shrink(self, num_prompt: int) -> bool:
         """A step with so many tokens of prompts found no memory: until `begin` steps have half of them at most. False
@@ -76,6 +80,8 @@ class StepBudget:
         if self.is_fixed or not prompts:
             return self._limit
         ratio, bearable, longest = FIXED_TOKENS, 0.0, float(FIRST_TOKENS)
+        if self._last_s < LONGEST_S / 2:  # some loads have no steps without prompts
+            longest = max(longest, 2.0 * self._largest)
         if self._fixed_s is not None and self._token_s is not None:
             ratio, bearable = self._fixed_s / self._token_s, max(0.0, BEARABLE_S - self._fixed_s) / self._token_s
             longest = max(0.0, LONGEST_S - self._fixed_s) / self._token_s

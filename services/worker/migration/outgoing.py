@@ -124,7 +124,8 @@ class Outgoing:
     @property
     def is_handing(self) -> bool:
         """See Migration."""
-        return any(t.is_announced and self._members >> t.target.slot & 1 for t in self.transfers if t.stage == "ready")
+        slots = [t.target.slot for t in self.transfers if t.is_announced and t.stage in ("ready", "copying")]
+        return any(self._members >> slot & 1 for slot in slots)
 
     @property
     def candidates(self) -> list[Sequence]:
@@ -313,10 +314,9 @@ class Outgoing:
         if sequence.kv_len and not place.blocks:  # it has begun to run meanwhile
             self._reserve(transfer, now)
         elif not (must_copy or may_copy) or full <= transfer.num_copied:
-            if self._members >> transfer.target.slot & 1:
-                if sequence.kv_len and not transfer.is_announced:
-                    transfer.is_announced = True
-                    return
+            is_announced = transfer.is_announced or not sequence.kv_len
+            transfer.is_announced = True  # also before the target joins: its first steps are urgent anyway
+            if self._members >> transfer.target.slot & 1 and is_announced:
                 self._copy_last(transfer, place, now) if self._engine.has_followers else self._hand_over(transfer, now)
             elif now - transfer.reserved_at > FRESH_S:
                 self._reserve(transfer, now)  # a place is kept for those who are heard of

@@ -156,7 +156,8 @@ function build({ store, feed, ask }) {
 
 function entry(decision, reasons) {
   const changes = decision.target !== null;
-  const what = changes ? `${decision.replicas} → ${plural(decision.target, "replica")}` : plural(decision.replicas, "replica");
+  const size = plural(changes ? decision.target : decision.replicas, "replica");
+  const what = changes ? `${decision.replicas} → ${size}` : size;
   const tone = decision.acts ? "ok" : changes ? "warn" : "calm";
   const { raw, smoothed, threshold, demand } = decision.evidence;
   const parts = Object.entries(raw)
