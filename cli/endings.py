@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 _ENDS = (signal.SIGTERM, signal.SIGHUP)
 
@@ -23,6 +25,20 @@ def ends_as_by_ctrl_c() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def run_command(argv: Sequence[str], *, timeout_s: float | None = None, **options: Any) -> tuple[int, str]:
+    """Run another command of ours, in a session of its own; its status, and what it wrote to stderr where `options` (of
+    subprocess.Popen) make that a pipe of text. Where this command is ended meanwhile, or the time is over
+    (subprocess.TimeoutExpired), it is interrupted and waited for, so that it ends what it has started itself."""
+    with subprocess.Popen(argv, start_new_session=True, **options) as command:
+        try:
+            said = command.communicate(timeout=timeout_s)[1]
+        except BaseException:
+            command.send_signal(signal.SIGINT)
+            command.communicate()
+            raise
+    return command.returncode, said or ""
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

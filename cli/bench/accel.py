@@ -32,6 +32,7 @@ from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.doctor_facts import facts
 from elasticmoe.cli.doctor_process import TestProcess
 from elasticmoe.cli.doctor_selftest import SelfTest
+from elasticmoe.cli.endings import run_command
 from elasticmoe.cli.finding import Finding
 from elasticmoe.cli.settings import importing_environment, parse_size
 from elasticmoe.cli.terminal import say
@@ -194,19 +195,19 @@ class _Accelerators:
         """What the benchmark of that name has written, on the first `num` devices. Raises ValueError."""
         with tempfile.TemporaryDirectory(prefix="em-accel-") as folder:
             command = [*COMMAND, "bench", name, *words, "--devices", first_of(str(self.devices), num)]
-            done = subprocess.run(
+            status, said = run_command(
                 [*command, "--output", folder],
                 env=importing_environment() | environment_of(self._settings),
                 stdin=subprocess.DEVNULL,
-                capture_output=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 text=True,
-                timeout=_STEP_S,
-                check=False,
+                timeout_s=_STEP_S,
             )
             files = sorted(Path(folder).glob("*.json"))
-            if done.returncode or not files:
-                last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it said nothing")
-                raise ValueError(f"`bench {name}` ended with status {done.returncode}: {last[:300]}")
+            if status or not files:
+                last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
+                raise ValueError(f"`bench {name}` ended with status {status}: {last[:300]}")
             data: dict[str, Any] = json.loads(files[0].read_text())
             return data
 

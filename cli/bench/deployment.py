@@ -21,6 +21,7 @@ import msgspec
 
 from elasticmoe.cli.bench.http import ask
 from elasticmoe.cli.children import tied_to_us
+from elasticmoe.cli.endings import run_command
 from elasticmoe.cli.settings import importing_environment
 from elasticmoe.common.config import environment_of
 from elasticmoe.common.devices.names import DeviceCount
@@ -87,24 +88,17 @@ def running(model: str, replicas: int, *, devices: str = "", **settings: Any) ->
             "--admin-port",
             "0",
         ]
-        up = subprocess.Popen(
-            [*COMMAND, "up", "--model", model, "--detach", *where, *size],
-            stdout=subprocess.DEVNULL,
-            env=dict(os.environ) | environment_of(settings),
-            start_new_session=True,
-        )
         try:
-            up.wait()
-        except BaseException:  # an interrupt of `up` ends what it has begun to start; our end would leave that behind
-            up.send_signal(signal.SIGINT)
-            up.wait()
-            raise
-        record = read_record(run_dir)
-        if up.returncode or record is None:
-            raise ValueError(f"the deployment of {model} did not come up")
-        try:
+            status, _ = run_command(
+                [*COMMAND, "up", "--model", model, "--detach", *where, *size],
+                stdout=subprocess.DEVNULL,
+                env=dict(os.environ) | environment_of(settings),
+            )
+            record = read_record(run_dir)
+            if status or record is None:
+                raise ValueError(f"the deployment of {model} did not come up")
             yield Running(record.url, run_dir)
-        finally:
+        finally:  # also where `up` was interrupted when it had just come up; where nothing runs there is nothing to do
             down = [*COMMAND, "down", *where]
             subprocess.run(down, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
 

@@ -61,7 +61,7 @@ class Ours:
             changed_s=self._changed_s,
             operation=self._operation_facts(plant),
             last_op=self._last_op,
-            is_policys=True,  # nobody else is there
+            is_own=True,  # nobody else is there
             reaction_s=plant.actuation.delay_s,
         )
 

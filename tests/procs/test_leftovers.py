@@ -135,3 +135,33 @@ def test_who_makes_a_model_ends_with_the_launcher(tmp_path: Path) -> None:
     assert poller.poll(5_000)  # the kernel ends it; it would have taken seconds to import what it needs
     os.close(pidfd)
     assert not (tmp_path / "oracle").exists()
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["starts", "serves"])
+def test_a_benchmark_that_is_ended_ends_its_deployment(place: Place, end: signal.Signals, moment: str) -> None:
+    before = place.listing()
+    words = ["bench", "idle", "--model", "oracle", "--replicas", "1", "--output", str(place.home / "results")]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
+    command = [sys.executable, "-m", "elasticmoe.cli.main", *words]
+    bench = subprocess.Popen(command, cwd=ROOT, env=place.environment, **silent)  # type: ignore[call-overload]
+
+    def run_dir() -> Path | None:
+        found = [path / "run" for path in place.temporary.glob("em-bench-*")]
+        record = read_record(found[0]) if found else None
+        is_there = record is not None and (moment == "starts" or record.state == "serving")
+        return found[0] if is_there else None
+
+    where = place.run_dir
+    try:
+        where = wait_until(run_dir, f"its deployment {moment}", 150.0)
+        assert processes_of(where)
+        bench.send_signal(end)
+        assert bench.wait(60) == 128 + signal.SIGINT
+        assert processes_of(where) == {}
+        assert place.listing() == before
+    finally:
+        bench.kill()
+        bench.wait()
+        for pid in processes_of(where):
+            os.kill(pid, signal.SIGKILL)

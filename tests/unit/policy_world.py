@@ -86,7 +86,7 @@ class Plant:
             changed_s=self.changed_s,
             operation=self.operation,
             last_op=self.last_op,
-            is_policys=by is not None and not by.startswith("theirs"),
+            is_own=by is not None and not by.startswith("theirs"),
         )
 
     def load(self, requests_per_s: float) -> Signals:

@@ -20,7 +20,7 @@ from elasticmoe.services.scaler.planning.plan import Rates
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import ChangePrice
 from elasticmoe.services.scaler.policy.figures import Signals
-from elasticmoe.services.scaler.policy.state import Decision, Reason
+from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason
 from elasticmoe.services.scaler.policy.step_model import StepModel
 from tests.unit.transitions import UP, World, layout_of, operation_of
 
@@ -310,6 +310,15 @@ def test_a_scaler_that_begins_holds_after_its_predecessors_growth_and_loss() -> 
 def test_a_wall_clock_that_was_put_back_makes_nothing_lie_ahead() -> None:
     policy = remembered([ordered(1, 2_000.0, 1, 2)], PolicyConfig(), 10.0, 1_000.0).policy
     assert policy.grown_s == 10.0
+
+
+@pytest.mark.parametrize(("number", "is_own"), [(7, True), (None, False)])
+def test_whose_a_change_is_does_not_depend_on_its_name(number: int | None, is_own: bool) -> None:
+    """A change of others teaches at once; the policy knew of its own when it gave the order."""
+    last = ordered(0, 5.0, 3, 2, op_id="policy-7-1.000", policy_order=number)
+    before = Autoscaling(policy=PolicyState(at_s=99.0, width=UP.before.dp + 1))
+    after, _ = decide(load(signals(1.0)), 100.0, before, last=last)
+    assert (after.policy.shrunk_s is None) == is_own
 
 
 def test_what_an_operator_calls_as_the_policy_would_is_no_order_of_the_policy() -> None:

@@ -69,6 +69,11 @@ def test_a_deployment_that_never_scaled_is_idle() -> None:
 def test_a_growth_shows_its_target_and_who_joins() -> None:
     status = scale_status(snapshot_of(World(UP.before), operation=planned(UP, phase="prepare")))
     assert (status.effective_size, status.pending_target, status.phase) == (2, 3, "prepare")
+    given_up = scale_status(snapshot_of(World(UP.before), operation=planned(UP, phase="abort")))
+    assert given_up.pending_target == 2, "it comes to nothing"
+    later = snapshot_of(World(UP.before), operation=planned(UP, phase="abort", leg=1))
+    later = msgspec.structs.replace(later, layout=UP.after)
+    assert scale_status(later).pending_target == UP.after.dp, "its first leg stays"
     assert status.joining_ranks == (str(SEATS[2].rank),)
     assert status.safe_to_terminate_ranks == ()
 

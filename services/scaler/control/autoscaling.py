@@ -91,7 +91,7 @@ def follow_load(
         is_degraded=not is_serving,
         lost_s=after.lost_at,
         last_op=last.op_id if last is not None else None,
-        is_policys=latest is not None and latest.policy_order is not None,
+        is_own=latest is not None and latest.policy_order is not None,
         refused=load.refused,
         reaction_s=after.reaction_s,
         available=len(load.devices) // layout.tp,

@@ -165,7 +165,7 @@ NO_CALLER = CallerTrace()
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One operation. Changed only by the reconciler's `advance`, and by a cancel.
+    """One operation. Changed only by the reconciler's `advance`, and by orders that end it: a cancel, a device's loss.
 
     form: of its record; store/records.py reads the one before as well
     accepted_unix, deadline_s, planned, num_legs, lost_before, caller, policy_order: as of its acceptance; `lost_before`

@@ -56,7 +56,7 @@ class DeploymentFacts(msgspec.Struct, frozen=True, kw_only=True):
     is_degraded: ranks are replaced, whatever else is in progress
     lost_s: when a device was lost last
     last_op: the newest operation that ended
-    is_policys: the operation in progress, or without one that one, is an order of the policy
+    is_own: the operation in progress, or without one `last_op`, is an order of the policy
     refused: the newest order of the policy that was refused
     reaction_s: what a growth takes from the order until the new replicas serve
     available: replicas that the devices which work allow at the most; None for no such limit
@@ -69,7 +69,7 @@ class DeploymentFacts(msgspec.Struct, frozen=True, kw_only=True):
     is_degraded: bool = False
     lost_s: float | None = None
     last_op: str | None = None
-    is_policys: bool = False
+    is_own: bool = False
     refused: str | None = None
     reaction_s: float = 1.0
     available: int | None = None

@@ -78,7 +78,7 @@ def followed(config: PolicyConfig, state: PolicyState, deployment: DeploymentFac
     is_lossy = deployment.lost_s is not None and now - deployment.lost_s < config.loss_hold_s
     if before is None or before == deployment.width or deployment.is_recovering or is_lossy:
         return state
-    if deployment.is_policys:
+    if deployment.is_own:
         return state
     state = _replace(state, above_since_s=None, excess=Excess())  # of the size before
     return resized(config, state, before, deployment.width, now)
