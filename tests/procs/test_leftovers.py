@@ -143,7 +143,8 @@ def test_a_benchmark_that_is_ended_ends_its_deployment(place: Place, end: signal
     before = place.listing()
     words = ["bench", "idle", "--model", "oracle", "--replicas", "1", "--output", str(place.home / "results")]
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
-    command = [sys.executable, "-m", "elasticmoe.cli.main", *words]
+    # As in a terminal, whatever the tests were started by: what `nohup` or a shell's `&` has ignored stays so.
+    command = ["env", "--default-signal=HUP,INT,TERM", sys.executable, "-m", "elasticmoe.cli.main", *words]
     bench = subprocess.Popen(command, cwd=ROOT, env=place.environment, **silent)  # type: ignore[call-overload]
 
     def run_dir() -> Path | None:
