@@ -19,7 +19,7 @@ from elasticmoe.cli.models import make_model
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.services.worker.backends.base import Mirror
 from elasticmoe.services.worker.engine import engine as engine_module
-from elasticmoe.services.worker.engine.budget import StepBudget
+from elasticmoe.services.worker.engine.budget import FIRST_TOKENS, StepBudget
 from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.outcome import Outcome
 from elasticmoe.services.worker.engine.plan import Chunk, StepPlan
@@ -244,14 +244,14 @@ def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room(
 
 @pytest.mark.parametrize(("room", "ends"), [(300, False), (130, False), (100, True)])
 def test_a_step_of_prompts_becomes_smaller_before_a_request_ends(room: int, ends: bool) -> None:
-    played = Played(room, 2048)
+    played = Played(room, 4096)
     sequence: Any = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
     sizes: list[int] = []
     while not played.failed and (not sizes or sizes[-1] > room):
         sizes.append(played.budget.tokens([5000], 0))
         played.steps.run(StepPlan([Chunk(sequence, 0, sizes[-1], False)], [], []), sizes[-1], 0.0)
-    assert sizes[:2] == [2048, 2048]  # the same is tried once more first
-    assert sizes[2:] == ([1024, 512, 256] if room == 300 else [1024, 512, 256, 128])
+    assert sizes[:2] == [FIRST_TOKENS, FIRST_TOKENS]  # the same is tried once more first
+    assert sizes[2:] == ([512, 256] if room == 300 else [512, 256, 128])
     assert bool(played.failed) == ends
 
 
