@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 from collections.abc import Iterable
@@ -18,11 +19,12 @@ class Poller:
         os.eventfd_write(self._woken, 1)
 
     def poll(self, fds: Iterable[int], timeout_s: float) -> bool:
-        """Wait until one of the descriptors is readable, or for `wake`, at most so long; whether it was woken."""
+        """Wait until one of the descriptors is readable, or for `wake`, at most so long; whether it was woken. Whole
+        milliseconds, not one less: else the rest would be waited for by itself."""
         poller = select.poll()
         for fd in (self._woken, *fds):
             poller.register(fd, select.POLLIN)
-        is_woken = self._woken in {fd for fd, _ in poller.poll(max(1, int(timeout_s * 1e3)))}
+        is_woken = self._woken in {fd for fd, _ in poller.poll(math.ceil(timeout_s * 1e3))}
         if is_woken:
             os.eventfd_read(self._woken)
         return is_woken
