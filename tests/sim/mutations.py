@@ -166,7 +166,6 @@ MUTATIONS: dict[str, Mutation] = {
         lambda *_: autoscaling.Autoscaling(),
         (" s after a growth", " operations"),
         is_of_policy=True,
-        first=700,
     ),
     "a decision is sent twice": Mutation(
         autoscaling, "_actions", _twice, (" is in progress: ", "has no answer"), is_of_policy=True
@@ -178,7 +177,7 @@ MUTATIONS: dict[str, Mutation] = {
         BlockCopies, "_is_joined", lambda *_: False, ("tokens", "has other KV"), tp=2, first=830
     ),
     "a follower unmaps blocks that its leader gives out": Mutation(
-        Follower, "_resize_kv", _unmap, ("has not mapped", " is to move; "), tp=2, first=350
+        Follower, "_resize_kv", _unmap, ("has not mapped", " is to move; "), tp=2, first=1900
     ),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),
 }

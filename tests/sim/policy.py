@@ -72,6 +72,9 @@ class Policies:
         self._begun: dict[str, Begun] = {}
         self._heard: dict[tuple[Scaler, str], float] = {}
         self._healed_at: float | None = None
+        self._num_kills = (
+            0  # of scalers, each after an operation of the policy has begun: the next one has to know of it
+        )
         if not self.acts:
             return
         least, most = rng.choice(((1, 2), (1, 3), (1, 4), (1, 4), (2, 4), (3, 4)))
@@ -103,8 +106,8 @@ class Policies:
             horizon_s=5.0,
             unknown_after_s=rng.choice((3.0, 5.0)),
             blind_after_s=rng.choice((6.0, 30.0)),
-            operations_max=rng.choice((2, 8)),
-            operations_over_s=rng.choice((15.0, 30.0)),
+            operations_max=rng.choice((2, 2, 8)),
+            operations_over_s=rng.choice((15.0, 45.0)),
             price_factor=0.1,
             accept_s=rng.choice((1.0, 5.0)),
             stuck_s=rng.choice((8.0, 20.0)),
@@ -131,6 +134,7 @@ class Policies:
             world.sim.faults["signals"] = Faults(loss=rng.choice((0.0, 0.5)), doubled=0.5, delay_max=8.0, slow=0.5)
         elif draw < 0.7:
             world.sim.push(world.sim.now + span_s * rng.random() / 2, None, 0, self._silence, ())
+        self._num_kills = rng.choice((0, 0, 1, 2))
 
     def _silence(self) -> None:
         """Of all, or of somebody, until the last fault is over."""
@@ -255,6 +259,10 @@ class Policies:
         expect(change != 0 or bool(order.supersedes), f"{text}: it was done already")
         begun = Begun(operation.op_id, self._world.sim.now, change, scaler, self._world.store.num_losses)
         self._begun[operation.op_id] = begun
+        if self._num_kills and not self._world.is_healed:
+            self._num_kills -= 1
+            at = self._world.sim.now + self._rng.uniform(0.0, 3.0)
+            self._world.sim.push(at, scaler, scaler.life, scaler.crash, (self._rng.uniform(0.1, 1.0),))
 
     # ---- the end
 
