@@ -189,14 +189,15 @@ def check_huge_pages() -> Finding:
         chosen = text[text.index("[") + 1 : text.index("]")]
     except (OSError, ValueError):
         return Finding("huge pages", "warn", "this kernel has none for shared memory", "not needed; costs some speed")
-    collapses = _can_collapse()
+    collapses = can_collapse()
     text = f"shmem_enabled is {chosen}, MADV_COLLAPSE {'works' if collapses else 'does not work'}"
     if not collapses and chosen in ("never", "deny"):
         return Finding("huge pages", "warn", text, f"for more speed: echo advise > {setting}")
     return Finding("huge pages", "ok", text)
 
 
-def _can_collapse() -> bool:
+def can_collapse() -> bool:
+    """Whether the kernel makes large pages of small ones in shared memory, when asked."""
     try:
         from elasticmoe.native.host import Reservation
     except ImportError:

@@ -219,14 +219,17 @@ def _devices(devices: dict[str, Any]) -> RenderableType:
     shown = ["budget", "weights", "kv", "other", "free"]
     if any(memory.get("total") for _, memory in listed):  # an accelerator's own memory, of which the budget is a part
         shown.insert(0, "total")
+    has_large = any(device.get("large_pages") for device, _ in listed)  # where a backend's own pages are small
     table = _Columns(
         "Devices",
-        ("device", "state", *("KV" if name == "kv" else name for name in shown)),
-        ("other", "total", "budget", "weights"),
+        ("device", "state", *("KV" if name == "kv" else name for name in shown), *["large pages"] * has_large),
+        ("other", "total", "large pages", "budget", "weights"),
         _standbys(devices),
     )
     for device, memory in listed:
-        figures = (size(memory.get(name) or 0) for name in shown)
+        figures = [size(memory.get(name) or 0) for name in shown]
+        if has_large:
+            figures.append(size(device.get("large_pages") or 0))
         table.add(str(device.get("device")), str(device.get("state")), *figures)
     return table
 

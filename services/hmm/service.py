@@ -207,6 +207,7 @@ class Hmm:
                 self._members,
                 self._loading,
                 self._transitions,
+                self._large_pages.large,
                 self._fence.num_refused,
             )
         if isinstance(body, CheckIntegrity):

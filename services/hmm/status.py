@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from elasticmoe.common.capacity import needs_of
@@ -45,9 +46,11 @@ def hmm_status(
     members: Membership,
     loading: Loading,
     transitions: Transitions,
+    large_pages: Mapping[str, int],
     num_fenced: int = 0,
 ) -> HmmStatus:
-    """The answer to GetHmmStatus. `num_fenced`: commands that were refused as superseded."""
+    """The answer to GetHmmStatus. `large_pages`: bytes in them, by device; `num_fenced`: commands that
+    were refused as superseded."""
     load = loading.load
     # Before the members: ranks may flip in between, and whoever reads that they have must read the new members.
     transition = transitions.status()
@@ -57,7 +60,7 @@ def hmm_status(
         bytes_done=load.bytes_done if load else 0,
         bytes_total=load.bytes_total if load else 0,
         error=loading.error,
-        devices=tuple(_device_status(name, holdings, attachments, members) for name in holdings.memories),
+        devices=tuple(_device_status(name, holdings, attachments, members, large_pages) for name in holdings.memories),
         generation=generation,
         members=slots_of_mask(mask),
         running=is_running,
@@ -85,7 +88,9 @@ def _memory_facts(holdings: Holdings) -> MemoryFacts | None:
     )
 
 
-def _device_status(name: str, holdings: Holdings, attachments: Attachments, members: Membership) -> DeviceStatus:
+def _device_status(
+    name: str, holdings: Holdings, attachments: Attachments, members: Membership, large_pages: Mapping[str, int]
+) -> DeviceStatus:
     memory, loaded = holdings.memories[name], holdings.loaded
     attached = next((one for one in attachments.by_slot.values() if one.device == name), None)
     used, ledger = dict(memory.device.used), memory.ledger
@@ -108,4 +113,5 @@ def _device_status(name: str, holdings: Holdings, attachments: Attachments, memb
         progress=members.progress(attached.slot) if attached else 0,
         is_waiting=attached is not None and members.is_waiting_for_device(attached.slot),
         total=holdings.told[name].total if name in holdings.told else 0,
+        large_pages=large_pages.get(name, 0),
     )

@@ -72,6 +72,12 @@ BUSY = _measure(
 )
 EXPERTS = _measure("elasticmoe:experts_per_rank", "gauge", "Expert records of a rank's device", ("rank",))
 DEVICE_BYTES = _measure("elasticmoe:device_bytes", "gauge", "Device memory", ("device", "state"))
+LARGE_PAGES = _measure(
+    "elasticmoe:device_large_page_bytes",
+    "gauge",
+    "Weights and KV that lie in large pages, on devices whose own pages are small",
+    ("device",),
+)
 KV_BLOCKS = _measure(
     "elasticmoe:kv_blocks",
     "gauge",
@@ -129,5 +135,5 @@ PREDICTED_S = _measure("elasticmoe:scale_predicted_seconds", "gauge", "What the 
 ACTUAL_S = _measure("elasticmoe:scale_actual_seconds", "gauge", "What it has taken")
 
 # Gauges of the newest snapshot.
-SEEN: tuple[Measure, ...] = (EPOCH, FENCE, SERVING, BUSY, EXPERTS, DEVICE_BYTES, KV_BLOCKS, STANDBY)
+SEEN: tuple[Measure, ...] = (EPOCH, FENCE, SERVING, BUSY, EXPERTS, DEVICE_BYTES, LARGE_PAGES, KV_BLOCKS, STANDBY)
 MEASURES = measures_in(globals())

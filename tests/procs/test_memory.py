@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from elasticmoe.cli.doctor import can_collapse
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.common.families import load_spec, records
 from elasticmoe.common.protocol.hmm import GetHmmStatus
@@ -84,6 +85,23 @@ def private_bytes(maps: dict[str, dict[str, int]]) -> int:
     return sum(fields.get("Anonymous", 0) for fields in maps.values())
 
 
+def check_large_pages(deployment: Deployment) -> None:
+    """What is told to lie in large pages does, by the kernel's count of what the HMM has mapped."""
+
+    def told() -> list[int]:
+        return [device["large_pages"] for device in deployment.admin("/v1/devices")["devices"]]
+
+    if can_collapse():
+        wait_until(lambda: all(nbytes > 40 * MIB for nbytes in told()), "most of each device is in large pages")
+    large = sum(told())
+    by_kernel = sum(fields.get("ShmemPmdMapped", 0) for fields in smaps(deployment.pids["hmm"]).values())
+    assert large <= by_kernel
+    key = {"Authorization": f"Bearer {deployment.token}"}
+    metrics = httpx.get(f"{deployment.admin_url}/metrics", headers=key, trust_env=False).text
+    figures = re.findall(r"^elasticmoe:device_large_page_bytes\{.*\} (\S+)$", metrics, re.MULTILINE)
+    assert sum(map(float, figures)) == large
+
+
 def standby_pids(deployment: Deployment) -> set[int]:
     """The pool's processes that have no seat: forked from the same one as the ranks, which is among them."""
     commands = processes_of(deployment.run_dir)
@@ -145,6 +163,7 @@ def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
             # What it has beyond a standby: buffers of a step. A copy of its third of the experts would be 60 MiB more.
             assert private_bytes(maps) - standby < 40 * MIB, f"{name} holds {private_bytes(maps)}, a standby {standby}"
         assert deployment.admin("/v1/layout")["ranks"][0]["experts"] == 4 * 10
+        check_large_pages(deployment)
     finally:
         deployment.stop()
 

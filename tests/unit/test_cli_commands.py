@@ -205,6 +205,20 @@ def test_status_shows_all_memory_of_a_device_beside_its_budget_where_a_driver_te
     assert "total" not in devices(total=None)
 
 
+def test_status_shows_what_lies_in_large_pages_where_pages_are_small() -> None:
+    def devices(*large: int) -> str:
+        listed = [
+            {"device": f"host:{n}", "state": "used", "memory": MEMORY, "large_pages": one}
+            for n, one in enumerate(large)
+        ]
+        return shown(running(layout={"error": "-"}, devices={"devices": listed}, load={"error": "-"}))
+
+    told = devices(768 << 20, 0)
+    assert "large pages" in told
+    assert "768 MiB" in told
+    assert "large pages" not in devices(0, 0)
+
+
 def test_status_shows_processes_devices_ranks_and_load() -> None:
     rank = {
         "replica": 0,

@@ -122,7 +122,7 @@ def test_a_rank_sees_the_same_bytes_in_large_pages(memory: DeviceMemory, backgro
     pages = large_pages_of(holdings, background)
     finish(pages, background)
     assert holdings.num_readers == 0
-    assert pages.bytes_large + pages.bytes_refused == sum(nbytes for _, _, nbytes in memory.large_parts()) > 0
+    assert pages.large.total() + pages.bytes_refused == sum(nbytes for _, _, nbytes in memory.large_parts()) > 0
     assert rank.read_bytes(range_.base, 3 * EXPERT) == before
     assert rank.read_bytes(range_.address(4 * EXPERT), EXPERT) == bytes([6]) * EXPERT
     assert memory.device.check_integrity() == []
@@ -130,7 +130,7 @@ def test_a_rank_sees_the_same_bytes_in_large_pages(memory: DeviceMemory, backgro
     got, most = large_bytes(range_), 3 * EXPERT // LARGE * LARGE
     rank.close()
     if pages.bytes_refused:
-        pytest.skip(f"the kernel gave {pages.bytes_large} bytes in large pages and refused {pages.bytes_refused}")
+        pytest.skip(f"the kernel gave {pages.large.total()} bytes in large pages and refused {pages.bytes_refused}")
     assert got >= most, f"{got} bytes are in large pages, {most} could be"
 
 
@@ -193,7 +193,7 @@ def test_nothing_is_begun_while_memory_changes_hands(
         assert not pages.is_at_work
     pages._supply = SimpleNamespace(is_releasing=False)  # type: ignore[assignment]
     finish(pages, background)  # and all of it afterwards
-    assert pages.bytes_large + pages.bytes_refused == sum(nbytes for _, _, nbytes in memory.large_parts())
+    assert pages.large.total() + pages.bytes_refused == sum(nbytes for _, _, nbytes in memory.large_parts())
 
 
 def test_who_wants_none_gets_none(memory: DeviceMemory, background: Background) -> None:

@@ -88,7 +88,7 @@ class Deployment:
     def cluster(self) -> Cluster:
         hmm = self.hmm
         attachments: Any = SimpleNamespace(by_slot=hmm.by_slot)
-        status = hmm_status(hmm.holdings, attachments, hmm.members, Loading(), hmm.transitions)
+        status = hmm_status(hmm.holdings, attachments, hmm.members, Loading(), hmm.transitions, {})
         return cluster_of(status, PoolStatus(ranks=(), standby=0))
 
     async def order(self, body: dict[str, object]) -> httpx.Response:

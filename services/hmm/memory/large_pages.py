@@ -8,7 +8,7 @@ addresses. Nothing depends on it.
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from contextlib import suppress
 from typing import Final
 
@@ -28,8 +28,8 @@ class LargePages:
     """Owned by the HMM's loop, which calls `turn`. At most one piece is in work; no other one begins while memory
     changes hands.
 
-    `bytes_large`, `bytes_refused`: of what was there at the last look, in pieces that were collapsed whole by now, and
-    in those of which the kernel has left some small.
+    `large`: by device, bytes of what was there at the last look, in pieces that were collapsed whole by now;
+    `bytes_refused`: in those of which the kernel has left some small.
     """
 
     def __init__(
@@ -41,9 +41,10 @@ class LargePages:
         self._background = background
         self._log = log
         self._seen: Loaded | None = None
-        self._left: deque[tuple[Device, Range, int, int]] = deque()
+        self._left: deque[tuple[str, Device, Range, int, int]] = deque()
         self.is_at_work = False
-        self.bytes_large = self.bytes_refused = 0
+        self.large = Counter[str]()
+        self.bytes_refused = 0
 
     def turn(self, *, is_loading: bool) -> None:
         """Begin the next piece, if there is one and memory does not change hands. `is_loading`: a model is."""
@@ -62,14 +63,15 @@ class LargePages:
             self._start(*self._left.popleft())
 
     def _begin(self) -> None:
-        self.bytes_large = self.bytes_refused = 0
+        self.large.clear()
+        self.bytes_refused = 0
         self._left.clear()
-        for memory in self._holdings.memories.values():
+        for name, memory in self._holdings.memories.items():
             for range_, offset, nbytes in memory.large_parts():
                 for at in range(offset, offset + nbytes, PIECE_BYTES):
-                    self._left.append((memory.device, range_, at, min(PIECE_BYTES, offset + nbytes - at)))
+                    self._left.append((name, memory.device, range_, at, min(PIECE_BYTES, offset + nbytes - at)))
 
-    def _start(self, device: Device, range_: Range, offset: int, nbytes: int) -> None:
+    def _start(self, name: str, device: Device, range_: Range, offset: int, nbytes: int) -> None:
         def work() -> bool:
             with suppress(OSError):  # a sandbox may forbid it
                 os.setpriority(os.PRIO_PROCESS, 0, _NICE)  # of this thread alone
@@ -79,14 +81,14 @@ class LargePages:
             self.is_at_work = False
             self._holdings.num_readers -= 1
             if result is True:
-                self.bytes_large += nbytes
+                self.large[name] += nbytes
             else:
                 self.bytes_refused += nbytes
             if isinstance(result, ElasticMoEError):  # of ours: the kernel's is False
                 self._log.error("large pages are given up", code=result.code, reason=result.message)
                 self._left.clear()
             if not self._left:
-                self._log.info("large pages", bytes=self.bytes_large, bytes_refused=self.bytes_refused)
+                self._log.info("large pages", bytes=self.large.total(), bytes_refused=self.bytes_refused)
 
         try:
             self._background.start("large pages", work, over)

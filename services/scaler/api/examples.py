@@ -148,6 +148,7 @@ EXAMPLES: dict[str, Any] = {
                 "attached": "rank-r0t0:105c73cc0c704e27",
                 "memory": _MEMORY,
                 "pages": 1016360960,
+                "large_pages": 1006632960,
             }
         ],
     },

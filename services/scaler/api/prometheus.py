@@ -14,7 +14,7 @@ from elasticmoe.services.scaler.policy.figures import Missing, Unknown
 def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
     """Prometheus text of the counters and of the snapshot."""
     registry = CollectorRegistry()
-    epoch, fence, serving, busy, experts, memory, blocks, standby = (m.gauge(registry) for m in measures.SEEN)
+    epoch, fence, serving, busy, experts, memory, large, blocks, standby = (m.gauge(registry) for m in measures.SEEN)
     fence.set(snapshot.fence)
     serving.set(snapshot.phase == "serving")
     busy.set(snapshot.operation is not None)
@@ -27,6 +27,7 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
         for state, nbytes in msgspec.structs.asdict(memory_view(device)).items():
             if nbytes is not None:  # no driver tells a total
                 memory.labels(device.device, state).set(nbytes)
+        large.labels(device.device).set(device.large_pages)
     leaders = [load for load in snapshot.loads.values() if load.rank.tp == 0]  # of a block, the others have parts
     free = sum(load.blocks_free for load in leaders)
     blocks.labels("free").set(free)

@@ -143,6 +143,7 @@ def devices_view(snapshot: StatusSnapshot) -> views.Devices:
                 attached=status.attached,
                 memory=memory_view(status),
                 pages=status.pages,
+                large_pages=status.large_pages,
             )
             for status in cluster.devices
         ],

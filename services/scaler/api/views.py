@@ -96,6 +96,10 @@ class Device(msgspec.Struct, frozen=True):
     attached: Annotated[str | None, says("The process that has mapped its memory")]
     memory: Annotated[Memory, says("Its bytes")]
     pages: Annotated[int, says("Bytes of real memory behind its weights and KV")]
+    large_pages: Annotated[
+        int,
+        says("Bytes of these in large pages, which the HMM makes in the background where the backend's own are small"),
+    ]
 
 
 class Devices(msgspec.Struct, frozen=True):
