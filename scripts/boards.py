@@ -226,9 +226,12 @@ MEMORY = Board(
         ),
         Panel(
             "All devices",
-            "Bytes of each kind together",
+            "Bytes of each kind together, and what of weights and KV lies in large pages",
             "bytes",
-            (Query(f"sum by (state) ({_of(scaler.DEVICE_BYTES, state='weights|kv|other|free')})", "{{state}}"),),
+            (
+                Query(f"sum by (state) ({_of(scaler.DEVICE_BYTES, state='weights|kv|other|free')})", "{{state}}"),
+                Query(f"sum({_of(scaler.LARGE_PAGES)})", "in large pages"),
+            ),
         ),
         Panel(
             "KV blocks",
