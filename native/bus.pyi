@@ -271,6 +271,10 @@ class Bus:
         """``combine`` without rows: when it returns, all answers to the last ``plan`` have been returned. Own ones must have been
         before it. Raises as ``combine`` does."""
 
+    def set_cores(self, cores: int) -> None:
+        """Cores that the members of this host share: those of the machine until it is said. With fewer cores than members
+        nobody spins while it waits. Any thread. ``ValueError`` below 1."""
+
     # Between the ranks of one replica. `deadline_ms` and what is raised: as of `barrier`.
     def set_replica(self, slots: Sequence[int]) -> None:
         """The slots of the own replica's ranks, in their order (by tp index), the own one among them. Between two

@@ -108,6 +108,17 @@ TEST(misuse_is_refused) {
   CHECK_THROWS(std::invalid_argument, bus.open(8));
 }
 
+TEST(nobody_spins_where_members_have_not_a_core_each) {
+  Fixture bus;
+  Meeting rank = bus.open(0);
+  rank.num_cores = 2;
+  CHECK(rank.spin_ns(0b11) > 0);
+  CHECK(rank.spin_ns(0b10000001) > 0);
+  CHECK(rank.spin_ns(0b111) == 0);
+  rank.spin_us = 5;  // asked for
+  CHECK(rank.spin_ns(0b111) == 5'000);
+}
+
 TEST(threads_stay_in_lockstep) {
   Fixture bus;
   constexpr int kRanks = 6;

@@ -116,6 +116,7 @@ def test_what_makes_no_sense_is_refused(segment: Segment) -> None:
         (lambda: bus.set_replica([3, 3]), "twice"),
         (lambda: bus.set_replica([3, 4]), "below"),
         (lambda: bus.set_replica([1]), "own slot"),
+        (lambda: bus.set_cores(0), "at least 1"),
     ):
         with pytest.raises(ValueError, match=text):
             call()

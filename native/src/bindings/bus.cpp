@@ -109,6 +109,7 @@ void bind_bus(nb::module_& module) {
            "rows_cap"_a, "returned_addr"_a, "counts_addr"_a, "deadline_ms"_a)
       .def("meet_combined", &PyBus::meet_combined, "routing"_a, "generation"_a, "n"_a, "deadline_ms"_a)
       .def("set_replica", &PyBus::set_replica, "slots"_a)
+      .def("set_cores", &PyBus::set_cores, "cores"_a)
       .def("reduce", &PyBus::reduce, "generation"_a, "x_addr"_a, "rows_addr"_a, "out_addr"_a, "n"_a, "width"_a,
            "deadline_ms"_a)
       .def("gather", &PyBus::gather, "generation"_a, "x_addr"_a, "out_addr"_a, "n"_a, "total"_a, "deadline_ms"_a)

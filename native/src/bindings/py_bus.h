@@ -2,7 +2,9 @@
 // bus.pyi.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -95,6 +97,12 @@ class PyBus {
     for (const int64_t slot : slots) checked.push_back(natural<uint32_t>("slot", slot));
     const Busy busy(*this);
     collectives_.set_replica(std::move(checked));
+  }
+
+  void set_cores(int64_t cores) {
+    if (cores < 1) invalid("cores must be at least 1");
+    const int checked = static_cast<int>(std::min<int64_t>(cores, std::numeric_limits<int>::max()));
+    meeting_.num_cores = replica_.num_cores = checked;
   }
 
   void barrier(int64_t generation, double deadline_ms) {

@@ -1,7 +1,5 @@
 #include "bus/meeting.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <bit>
 #include <string>
@@ -261,8 +259,7 @@ bool Meeting::do_all_agree() const {
 int64_t Meeting::spin_ns(uint64_t members) const {
   const int configured = spin_us.load(std::memory_order_relaxed);
   if (configured >= 0) return static_cast<int64_t>(configured) * 1000;
-  static const long num_cores = sysconf(_SC_NPROCESSORS_ONLN);
-  return num_cores < std::popcount(members) ? 0 : kDefaultSpinNs;
+  return num_cores.load(std::memory_order_relaxed) < std::popcount(members) ? 0 : kDefaultSpinNs;
 }
 
 Outcome Meeting::wait(int64_t deadline_ns) {

@@ -10,6 +10,8 @@
 // and waking, sleepers look again after kSliceNs by themselves.
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -100,7 +102,11 @@ class Meeting {
   int slot_or_observer() const { return slot_; }
   int64_t take_wait_ns() { return wait_ns_.exchange(0, std::memory_order_relaxed); }
 
+  // How long a wait for `members` spins before it sleeps: not at all where they have not a core each.
+  int64_t spin_ns(uint64_t members) const;
+
   std::atomic<int> spin_us{kSpinAuto};
+  std::atomic<int> num_cores{static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN))};  // that all members share
 
  private:
   struct Current {
@@ -115,7 +121,6 @@ class Meeting {
   bool all_arrived() const;
   bool is_peer_ahead(const MembershipView& view, uint32_t own_count) const;
   bool do_all_agree() const;
-  int64_t spin_ns(uint64_t members) const;
   void check_publication(uint64_t generation, uint64_t members, uint64_t current) const;
   void wake(uint32_t num_waiting);
   void wake_all();

@@ -16,6 +16,7 @@ from elasticmoe.common.devices.factory import prepare_torch
 from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.fdchannel import Channel
 from elasticmoe.common.fence import Fence
+from elasticmoe.common.machine import usable_cores
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.pool import StartRank, ToPool
 from elasticmoe.common.protocol.scaler import RankReady
@@ -71,6 +72,7 @@ def standby_main(config: PoolConfig, channel: Channel[ToPool]) -> int:
 def _serve(config: PoolConfig, seat: StartRank, hold: SeatLock, channel: Channel[ToPool]) -> None:
     from elasticmoe.services.worker.rank.assembly import open_rank
 
+    cores = max(1, int(usable_cores()))
     if config.pin_cores:
         _pin(seat.device)
 
@@ -82,7 +84,7 @@ def _serve(config: PoolConfig, seat: StartRank, hold: SeatLock, channel: Channel
             log.info("the pool is gone; the next one will find this rank", because=error.message)
         channel.close()  # nothing more is said here
 
-    with open_rank(config, seat, tell_ready) as rank:
+    with open_rank(config, seat, tell_ready, cores) as rank:
         rank.run()
 
 

@@ -10,7 +10,6 @@ from elasticmoe.common.config import PoolConfig
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.fence import Fence
-from elasticmoe.common.machine import usable_cores
 from elasticmoe.common.protocol.handles import TO_RANK
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.rank import CODEC
@@ -33,9 +32,9 @@ from elasticmoe.services.worker.rank.rank import Rank
 from elasticmoe.services.worker.rank.warm_up import warm_up
 
 
-def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None]) -> SeatLoop:
+def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankReady], None], cores: int) -> SeatLoop:
     """Attach and build. Raises the HMM's refusal, Unavailable, or DeviceError; the process ends then. `tell_ready` is
-    called once, when the rank has begun to serve."""
+    called once, when the rank has begun to serve. `cores`: of the machine, that its devices share."""
     clock, transport = SYSTEM_CLOCK, Sockets(config.socket)
     started = clock.monotonic()
     server = transport.serve(f"rank-{seat.rank}", seat.incarnation, CODEC)
@@ -51,12 +50,16 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     reply, fds = hmm.attach()
     memory = RankMemory(reply, fds, seat.device, seat.slot, hmm.handed(), seat.rank.tp)
     attached = clock.monotonic()
+    memory.bus.set_cores(cores)
     barrier = ShmBarrier(memory.bus, memory.doorbells, seat.slot)
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     max_tokens = min(seat.max_tokens, memory.bus.max_tokens)
     torch_device = memory.device.open_torch()
     backend = open_backend(
-        seat.compute, barrier.tell_waiting, torch_device, BackendOptions(config.captured_graphs, _threads(config))
+        seat.compute,
+        barrier.tell_waiting,
+        torch_device,
+        BackendOptions(config.captured_graphs, _threads(config, cores)),
     )
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
     board = ReplicaBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
@@ -85,9 +88,11 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     return Follower(parts, board, model, memory.kv, tell_ready)
 
 
-def _threads(config: PoolConfig) -> int:
-    """Of a rank: the cores of one of the devices that share the machine."""
-    return max(1, min(config.threads_max, int(usable_cores()) // len(DeviceCount.parse(config.devices).names())))
+def _threads(config: PoolConfig, cores: int) -> int:
+    """Of a rank: the cores of one of the devices that share the machine; one where it is pinned to it."""
+    if config.pin_cores:
+        return 1
+    return max(1, min(config.threads_max, cores // len(DeviceCount.parse(config.devices).names())))
 
 
 def _engine(
