@@ -59,6 +59,7 @@ def schema() -> str:
     of = values["properties"]
     of["global"] = {"type": "object"}
     of["settings"] = {"type": "object", "additionalProperties": False, "properties": settings()}
+    of["hosts"] = {"type": ["integer", "null"], "minimum": 1}
     of["drainSeconds"] = {"type": "integer", "minimum": 0, "maximum": 3_600}
     for name in ("service", "adminService"):
         of[name]["properties"]["port"] = port

@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from tests.boards import QUERIES
 from tests.markdown import ROOT
@@ -42,12 +43,19 @@ def configured(folder: Path, deployment: Deployment) -> Path:
     return folder / "prometheus.yml"
 
 
-def keda_value(ask: Callable[..., Any]) -> float | None:
-    """What KEDA would be told, by the query of deploy/keda/."""
-    text = (ROOT / "deploy" / "keda" / "scaledobject.yaml").read_text()
-    (query,) = re.findall(r"^ *query: (.*)$", text, re.MULTILINE)
-    found = ask("query", query=query)
-    return float(found["result"][0]["value"][1]) if found and found["result"] else None
+def keda_query(pods: str) -> str:
+    """The query of deploy/keda/, about deployments whose names `pods` matches."""
+    (trigger,) = yaml.safe_load((ROOT / "deploy" / "keda" / "scaledobject.yaml").read_text())["spec"]["triggers"]
+    return replaced(trigger["metadata"]["query"], ("moe-elasticmoe-.+", pods))
+
+
+def tells_the_share_in_use(ask: Callable[..., Any], deployment: Deployment) -> bool:
+    """Whether KEDA would be told what the scaler says: saturation, with each device in use."""
+    said = deployment.admin("/v1/policy")["saturation"] or {}
+    found = ask("query", query=keda_query("default"))
+    if not said or not found or not found["result"]:
+        return False
+    return bool(abs(float(found["result"][0]["value"][1]) - max(said.values())) < 1e-9)
 
 
 def complete(deployment: Deployment) -> None:
@@ -108,8 +116,8 @@ def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
         wait_until(targets_are_up, "both listeners are scraped", 60.0)
         wait_until(serving, "a metric has its value", 30.0)
         wait_until(rules_are_evaluated, "every rule is evaluated", 30.0)
-        wait_until(lambda: keda_value(ask) == 2.0, "KEDA's query tells one more than is wanted", 30.0)
         complete(deployment)
+        wait_until(lambda: tells_the_share_in_use(ask, deployment), "KEDA's query tells the share in use", 30.0)
         wait_until(lambda: not without_data(ask), f"every panel has data, but for {without_data(ask)}", 30.0)
         firing = [alert["labels"]["alertname"] for alert in ask("alerts")["alerts"]]
         assert firing == [], "a deployment with nothing to do deserves nobody's attention"
@@ -163,6 +171,28 @@ def test_alerts_are_about_one_deployment_and_wait_for_what_does_not_pass(tmp_pat
     ]
     text = json.dumps({"rule_files": ["alerts.json"], "evaluation_interval": "15s", "tests": tests})
     (tmp_path / "cases.yml").write_text(text)
+    ran = subprocess.run(
+        ["promtool", "test", "rules", "cases.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+
+def test_kedas_query_adds_up_what_all_hosts_use(tmp_path: Path) -> None:
+    """By promtool: half of four devices at 1.5 times the objective, and two of two devices at a fifth of it."""
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed: it comes with prometheus")
+    series = []
+    for pod, num_ranks, num_devices, saturation in (("a", 2, 4, (1.5, 0.5)), ("b", 2, 2, (0.1, 0.2)), ("c", 1, 1, (9,))):
+        of = f'deployment="moe-elasticmoe-{pod}"' if pod != "c" else 'deployment="another"'
+        kinds = [(f'saturation{{{of},component="{n}"}}', value) for n, value in enumerate(saturation)]
+        kinds += [(f'experts_per_rank{{{of},rank="r{n}t0"}}', 8) for n in range(num_ranks)]
+        kinds += [(f'device_bytes{{{of},device="host:{n}",state="budget"}}', 1) for n in range(num_devices)]
+        kinds += [(f'device_bytes{{{of},device="host:{n}",state="free"}}', 1) for n in range(num_devices)]
+        series += [{"series": f"elasticmoe:{name}", "values": f"{value}x4"} for name, value in kinds]
+    wanted = [{"labels": "{}", "value": 1.5 * 2 / 4 + 0.2}]
+    asked = {"expr": keda_query("moe-elasticmoe-.+"), "eval_time": "30s", "exp_samples": wanted}
+    tests = [{"interval": "15s", "input_series": series, "promql_expr_test": [asked]}]
+    (tmp_path / "cases.yml").write_text(json.dumps({"tests": tests}))
     ran = subprocess.run(
         ["promtool", "test", "rules", "cases.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )

@@ -108,6 +108,8 @@ def test_the_schema_is_that_of_the_settings() -> None:
         ({"settings": {"devices": "gpu"}}, "devices"),
         ({"settings": {"store_url": "redis://:secret@valkey"}}, "store_url"),
         ({"drainSeconds": -1}, "drainSeconds"),
+        ({"hosts": 0}, "hosts"),
+        ({"hosts": "two"}, "hosts"),
         ({"apiKey": {"existingsecret": "keys"}}, "existingsecret"),
         ({"netwrokPolicy": {"enabled": False}}, "netwrokPolicy"),
         ({"image": {"tag": 20241127}}, "tag"),
@@ -193,6 +195,28 @@ def test_a_store_elsewhere_leaves_the_own_one_out_and_may_be_reached() -> None:
         assert told == ([{"name": "valkey", "key": "url"}] if name in ("scaler", "router") else []), name
     assert of_kind("NetworkPolicy", OUTSIDE_STORE)["spec"]["policyTypes"] == ["Ingress"]
     assert of_kind("NetworkPolicy", MODEL)["spec"]["egress"] == []
+
+
+def test_several_pods_are_as_many_deployments_or_as_many_as_an_autoscaler_wants() -> None:
+    assert of_kind("StatefulSet", MODEL)["spec"]["replicas"] == 1
+    assert of_kind("StatefulSet", MODEL | {"hosts": 3})["spec"]["replicas"] == 3
+    assert "replicas" not in of_kind("StatefulSet", MODEL | {"hosts": None})["spec"]
+    for hosts in (2, None):
+        with pytest.raises(helm.HelmError, match="cannot share one store"):
+            rendered(OUTSIDE_STORE | {"hosts": hosts})
+    endpoints = of_kind("ServiceMonitor", FULL)["spec"]["endpoints"]
+    assert [one["relabelings"] for one in endpoints] == 2 * [
+        [{"sourceLabels": ["__meta_kubernetes_pod_name"], "targetLabel": "deployment"}]
+    ]
+
+
+def test_the_example_for_keda_scales_the_charts_pods() -> None:
+    scaled = yaml.safe_load((chart.CHART.parents[1] / "keda" / "scaledobject.yaml").read_text())["spec"]
+    (made,) = [one for one in rendered(MODEL | {"hosts": None}, name="moe") if one["kind"] == "StatefulSet"]
+    target = scaled["scaleTargetRef"]
+    name = made["metadata"]["name"]
+    assert target == {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": name}
+    assert f'{{deployment=~"{name}-.+"}}' in scaled["triggers"][0]["metadata"]["query"]
 
 
 def test_a_collector_of_traces_may_be_reached() -> None:
