@@ -55,6 +55,15 @@ COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {
 }
 """What computes on devices, by the backend that these are of; the first is what `auto` means there."""
 
+_ROUNDING: Final[frozenset[Compute]] = frozenset({"host", "torch"})
+
+
+def check_rounding(compute: Compute) -> None:
+    """Raises ConfigError no_compute where `compute` has no products of rounded activations."""
+    if compute not in _ROUNDING:
+        text = f"--compute {compute} computes with activations of float32: leave the setting `activations` at that"
+        raise ConfigError(text, code="no_compute")
+
 
 ExchangeKind = Literal["shm", "mailbox", "torch_dist"]
 """Names of the exchanges between ranks (services/worker/exchange)."""

@@ -248,10 +248,24 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(ge=1, le=64),
         _is("Most threads that a rank on `host` computes with; it takes the usable cores divided by `devices`"),
     ] = 64
+    activations: Annotated[
+        str,
+        Meta(pattern=r"^(float32|bfloat16)\Z"),
+        _is(
+            "What `bfloat16` weights are multiplied by, on `host` devices: numbers of float32, or rounded to bfloat16 "
+            "as in other engines, which is faster where the processor has AVX512-BF16 or AMX",
+            form="`float32`, `bfloat16`",
+        ),
+    ] = "float32"
     captured_graphs: Annotated[
         bool,
         _is("Let ranks queue a decode step's sections as captured graphs, where `compute` can (`triton`)"),
     ] = True
+
+    @property
+    def rounds(self) -> bool:
+        """Whether activations are rounded."""
+        return self.activations == "bfloat16"
 
 
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -20,6 +20,10 @@ from typing import Final
 
 FLOAT32: Final[int]
 BFLOAT16: Final[int]
+ROUNDED: Final[int]
+"""``dtype`` of the weights of ``linear``, ``experts`` and ``shared_experts``: bfloat16, and what they are multiplied by is rounded to
+bfloat16, too (to nearest, ties to even). Sums stay float32. Twice as many products an instruction where the set is ``avx512bf16``,
+three times as many where it is ``amx``; as many elsewhere."""
 SOFTMAX: Final[int]
 SIGMOID: Final[int]
 

@@ -14,7 +14,8 @@ START: dict[str, Code] = {
         "`pip install '.[otel]'` in a checkout, or leave `otlp_endpoint` empty",
     ),
     "no_compute": Code(
-        "What `compute` names does not compute on the devices", "Leave `compute` at auto, or use what the text names"
+        "What `compute` names does not compute on the devices, or not with these `activations`",
+        "Leave `compute` at auto, or use what the text names",
     ),
     "too_many_devices": Code("More devices than a deployment may have", "Use fewer"),
     "tp_unsupported": Code(

@@ -79,25 +79,28 @@ int main(int argc, char** argv) {
                      [&](int64_t i) { kept = read_all(reinterpret_cast<const char*>(dense_at(i)), kDense * 2); }});
   for (int64_t n = 0; n < built_kernels().count; ++n) {
     const Kernels* set = built_kernels().sets[n];
-    for (const int64_t rows : {1, 2, 4, 6, 8, 12, 16, 32}) {
-      const std::string name = std::string(set->name) + " dense, " + std::to_string(rows) + " rows";
-      figures.push_back({name, kDense * 2e-9, static_cast<double>(2 * rows * kDense) * 1e-9, [&, set, rows](int64_t i) {
-                           set->linear({x.data(), rows, dense_at(i), Dtype::kBfloat16, kColumns, kHidden, out.data(),
-                                        false, nullptr});
-                         }});
-    }
-    for (const int64_t tokens : {1, 8, 32, 128}) {
-      const std::string name = std::string(set->name) + " experts, " + std::to_string(tokens) + " tokens";
-      const std::vector<int32_t> counts = route(tokens, static_cast<uint32_t>(tokens));
-      const auto hit =
-          static_cast<double>(std::count_if(counts.begin(), counts.end(), [](int32_t c) { return c > 0; }));
-      const double gflop = static_cast<double>(2 * tokens * kTopK * kExpert) * 1e-9;
-      figures.push_back(
-          {name, hit * kExpert * 2e-9, gflop, [&, set, counts](int64_t i) {
-             const char* base = reinterpret_cast<const char*>(weights.data() + i % kSets * kExperts * kExpert);
-             set->experts({x.data(), counts.data(), kExperts, base, kExpert * 2, base + 2 * kHidden * kWidth * 2,
-                           kExpert * 2, Dtype::kBfloat16, kHidden, kWidth, nullptr, out.data(), false});
-           }});
+    for (const Dtype dtype : {Dtype::kBfloat16, Dtype::kRounded}) {
+      const std::string how = std::string(set->name) + (dtype == Dtype::kRounded ? ", rounded" : "");
+      for (const int64_t rows : {1, 2, 4, 6, 8, 12, 16, 32}) {
+        const std::string name = how + " dense, " + std::to_string(rows) + " rows";
+        const auto run = [&, set, rows, dtype](int64_t i) {
+          set->linear({x.data(), rows, dense_at(i), dtype, kColumns, kHidden, out.data(), false, nullptr});
+        };
+        figures.push_back({name, kDense * 2e-9, static_cast<double>(2 * rows * kDense) * 1e-9, run});
+      }
+      for (const int64_t tokens : {1, 8, 32, 128}) {
+        const std::string name = how + " experts, " + std::to_string(tokens) + " tokens";
+        const std::vector<int32_t> counts = route(tokens, static_cast<uint32_t>(tokens));
+        const auto hit =
+            static_cast<double>(std::count_if(counts.begin(), counts.end(), [](int32_t c) { return c > 0; }));
+        const double gflop = static_cast<double>(2 * tokens * kTopK * kExpert) * 1e-9;
+        const auto run = [&, set, counts, dtype](int64_t i) {
+          const char* base = reinterpret_cast<const char*>(weights.data() + i % kSets * kExperts * kExpert);
+          set->experts({x.data(), counts.data(), kExperts, base, kExpert * 2, base + 2 * kHidden * kWidth * 2,
+                        kExpert * 2, dtype, kHidden, kWidth, nullptr, out.data(), false});
+        };
+        figures.push_back({name, hit * kExpert * 2e-9, gflop, run});
+      }
     }
   }
   double peak = 0;
@@ -115,7 +118,7 @@ int main(int argc, char** argv) {
   const double bandwidth = figures[0].gigabytes / figures[0].best;
   for (const Figure& figure : figures) {
     const double speed = figure.gigabytes / figure.best, gflops = figure.gflop / figure.best;
-    std::printf("%-30s %8.0f us  %5.1f GB/s (%3.0f %% of reading)  %5.0f GFLOP/s (%3.0f %%)\n", figure.name.c_str(),
+    std::printf("%-40s %8.0f us  %5.1f GB/s (%3.0f %% of reading)  %5.0f GFLOP/s (%3.0f %%)\n", figure.name.c_str(),
                 figure.best * 1e6, speed, 100 * speed / bandwidth, gflops, 100 * gflops / peak);
   }
   return 0;

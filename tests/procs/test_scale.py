@@ -93,11 +93,18 @@ async def test_random_resizes_of_replicas_of_two_ranks_are_exact(
     assert await resize_under_load(deployment, model_folder("oracle"), clients=8, resizes=resizes) > 20 * resizes
 
 
-@pytest.mark.parametrize("name", ["tiny-mixtral", "tiny-qwen3-moe"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("tiny-mixtral", {}),
+        ("tiny-qwen3-moe", {}),
+        pytest.param("tiny-qwen3-moe", {"dtype": "bfloat16", "activations": "bfloat16"}, id="rounded"),
+    ],
+)
 async def test_greedy_streams_across_a_resize_equal_an_undisturbed_run(
-    name: str, deploy: Callable[..., Deployment]
+    name: str, settings: dict[str, Any], deploy: Callable[..., Deployment]
 ) -> None:
-    deployment = deploy(name, replicas=2, devices=4, max_model_len=512, standbys=3)
+    deployment = deploy(name, replicas=2, devices=4, max_model_len=512, standbys=3, **settings)
     async with Load(deployment.base_url, clients=8, seed=3, prompts=12, shortest=200, longest=200) as load:
         for replicas in (4, 1, 3, 2):
             assert (await asyncio.to_thread(deployment.scale, replicas=replicas))["phase"] == "done"

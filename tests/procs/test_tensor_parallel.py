@@ -111,7 +111,7 @@ async def test_wide_replicas_scale_and_survive(
 async def test_ranks_that_die_or_stop_cost_no_token(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
-    """A follower, a leader, one of each, a whole replica; a follower and a leader that live and do nothing; and services
+    """A follower, a leader, one of each, a whole replica; a follower and a leader that live and do nothing; services
     that end beside them."""
     deployment = deploy("oracle", replicas=2, devices=4, **ORACLE)
     async with TimedLoad(deployment.base_url, clients=8, seed=4) as load:

@@ -11,16 +11,19 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from elasticmoe.common.layout import Compute as ComputeName
 from elasticmoe.common.model_spec import MoeSpec
+from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends.answers import WeightedSum
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.choice import TokenChoice
-from elasticmoe.services.worker.backends.factory import open_backend
+from elasticmoe.services.worker.backends.factory import BackendOptions, open_backend
 from tests.hardware.mirrored import MADE, MirroredBackend
 from tests.unit.backends import ON_CPU, draw
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
+ROUNDING = BackendOptions(rounds=True)
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 Compute = Callable[[ComputeBackend, torch.Tensor], torch.Tensor]
 
@@ -155,6 +158,29 @@ def test_operations_nearly_agree(make: Callable[[torch.dtype], Compute], dtype: 
     first, *others = (compute(open_backend(name), x_NH) for name in ON_CPU)
     for other in others:
         assert float((first - other).abs().max()) < 1e-5 * float(first.abs().max())
+
+
+@pytest.mark.parametrize("make", [linear, linear_with_bias, feed_forward, shared_experts, experts])
+def test_backends_that_round_activations_nearly_agree(make: Callable[[torch.dtype], Compute]) -> None:
+    """What lies between two numbers of bfloat16 may become one here and the other there, but a row's bits stay its own.
+    Weights of float32 are multiplied as ever."""
+    compute, x_NH = make(torch.bfloat16), random_of(ROWS, HIDDEN, seed=5)
+    plain = compute(open_backend("host"), x_NH)
+    size = float(plain.abs().max())
+    all_rounded = [compute(open_backend(name, options=ROUNDING), x_NH) for name in ON_CPU]
+    for name, rounded in zip(ON_CPU, all_rounded, strict=True):
+        backend = open_backend(name, options=ROUNDING)
+        assert 1e-4 * size < float((rounded - plain).abs().max()) < 2e-2 * size
+        assert float((rounded - all_rounded[0]).abs().max()) < 2e-3 * size
+        for begin, end in ((0, 1), (7, 9), (0, 17), (3, 40)):
+            assert torch.equal(compute(backend, x_NH[begin:end].clone()), rounded[begin:end])
+        assert torch.equal(make(torch.float32)(backend, x_NH), make(torch.float32)(open_backend(name), x_NH))
+
+
+@pytest.mark.parametrize("name", ["triton", "torch_npu"])
+def test_a_backend_that_cannot_round_says_so(name: ComputeName) -> None:
+    with pytest.raises(ConfigError, match=f"--compute {name} computes with activations of float32"):
+        open_backend(name, options=ROUNDING)
 
 
 def test_answers_are_summed_with_the_same_bits(backend: ComputeBackend) -> None:

@@ -73,6 +73,19 @@ def test_a_backend_that_nobody_has(tmp_path: Path, capsys: pytest.CaptureFixture
     assert text.endswith('or numbers of accelerators such as npu:0-7, cuda:0,cuda:2 or cuda:0/4; it is "tpu:0-1"\n')
 
 
+def test_activations_that_are_not_rounded_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["up", "--model", "oracle", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setenv("ELASTICMOE_ACTIVATIONS", "bfloat16")
+    assert main([*words, "--devices", "cuda:0-1", "--compute", "triton"]) == 1
+    error = "no_compute: --compute triton computes with activations of float32: leave the setting `activations` at that"
+    assert error in capsys.readouterr().err
+    monkeypatch.setenv("ELASTICMOE_ACTIVATIONS", "half")
+    assert main(words) == 1
+    assert "ELASTICMOE_ACTIVATIONS" in capsys.readouterr().err
+
+
 def test_a_setting_that_names_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "or numbers of accelerators such as npu:0-7" in told(tmp_path, capsys, "npu:x")
 

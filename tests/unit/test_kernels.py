@@ -19,10 +19,12 @@ from tests.unit.kernel_memory import BY_DTYPE, DTYPES, PAGE, Guarded, Paged, ass
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
 
-def linear(x_NH: torch.Tensor, w_WH: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
+def linear(
+    x_NH: torch.Tensor, w_WH: torch.Tensor, add: torch.Tensor | None = None, dtype: int | None = None
+) -> torch.Tensor:
     (rows, depth), width = x_NH.shape, w_WH.shape[0]
     out = torch.full((rows, width), float("nan")) if add is None else add.clone()
-    code = DTYPES[w_WH.dtype]
+    code = DTYPES[w_WH.dtype] if dtype is None else dtype
     kernels.linear(x_NH.data_ptr(), rows, w_WH.data_ptr(), code, width, depth, out.data_ptr(), add is not None, 0)
     return out
 
@@ -45,6 +47,27 @@ def test_linear(dtype: torch.dtype, width: int, depth: int) -> None:
             assert_close(linear(x_NH, w_WH, torch.ones(rows, width)), want + 1)
 
 
+@pytest.mark.parametrize(("width", "depth"), [(1, 1), (5, 7), (64, 96), (33, 100), (130, 257), (260, 1024)])
+def test_rounded_rows_are_multiplied_as_they_are_rounded(width: int, depth: int) -> None:
+    """To nearest, ties to even, whatever the instruction set; sums are of float32."""
+    w_WH = random(width, depth, seed=1).bfloat16()
+    x_NH = random(40, depth)
+    x_NH[0, 0] = 1 + 2**-8  # in the middle of two, of which the even one is below
+    x_NH[1, 0] = 1 + 3 * 2**-8
+    want = exact(x_NH.bfloat16().float(), w_WH)
+    alone = torch.cat([linear(x_NH[row : row + 1], w_WH, dtype=kernels.ROUNDED) for row in range(40)])
+    assert_close(alone, want)
+    for rows in (0, 1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 25, 40):
+        assert torch.equal(linear(x_NH[:rows], w_WH, dtype=kernels.ROUNDED), alone[:rows]), rows
+    assert_close(linear(x_NH, w_WH, torch.ones(40, width), dtype=kernels.ROUNDED), want + 1)
+
+
+def test_only_products_round() -> None:
+    table, out, ids = random(3, 8).bfloat16(), torch.empty(1, 8), array("i", [1])
+    with pytest.raises(ValueError, match="dtype must be FLOAT32 or BFLOAT16"):
+        kernels.embed(ids.buffer_info()[0], 1, table.data_ptr(), kernels.ROUNDED, 3, 8, 1.0, out.data_ptr())
+
+
 @BY_DTYPE
 @pytest.mark.parametrize(("width", "depth"), [(1, 7), (70, 96), (200, 500)])
 def test_company_does_not_change_a_bit_of_a_product(dtype: torch.dtype, width: int, depth: int) -> None:
@@ -62,6 +85,9 @@ def test_nothing_beyond_the_tensors_is_touched(dtype: torch.dtype, rows: int, wi
     x, w, out = Guarded(x_NH), Guarded(w_WH), Guarded(torch.zeros(rows, width))
     kernels.linear(x.addr, rows, w.addr, DTYPES[dtype], width, depth, out.addr, False, 0)
     assert_close(out.floats().view(rows, width), exact(x_NH, w_WH))
+    if dtype == torch.bfloat16:
+        kernels.linear(x.addr, rows, w.addr, kernels.ROUNDED, width, depth, out.addr, False, 0)
+        assert_close(out.floats().view(rows, width), exact(x_NH.bfloat16().float(), w_WH))
     last = array("i", [width - 1])
     kernels.embed(last.buffer_info()[0], 1, w.addr, DTYPES[dtype], width, depth, 1.0, x.addr)
     assert kernels.greatest(out.addr, rows, width) == out.floats().view(rows, width).argmax(1).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 import torch
 
@@ -78,20 +79,19 @@ def test_numbers_out_of_range_are_refused(count: int) -> None:
 @pytest.mark.parametrize(
     ("cores", "devices", "most", "threads"),
     [
-        (2.0, "host:1", 64, 2),
-        (2.0, "host:2", 64, 1),
-        (16.0, "host:3", 64, 5),
-        (16.0, "host:1", 4, 4),
-        (0.5, "host:1", 64, 1),  # a quota of half a core
-        (2.0, "host:8", 64, 1),
-        (400.0, "host:1", 64, 64),
+        (2, "host:1", 64, 2),
+        (2, "host:2", 64, 1),
+        (16, "host:3", 64, 5),
+        (16, "host:1", 4, 4),
+        (1, "host:1", 64, 1),
+        (2, "host:8", 64, 1),
+        (400, "host:1", 64, 64),
     ],
 )
-def test_a_rank_has_the_cores_of_one_device(
-    monkeypatch: pytest.MonkeyPatch, cores: float, devices: str, most: int, threads: int
-) -> None:
-    monkeypatch.setattr(assembly, "usable_cores", lambda: cores)
-    assert assembly._threads(PoolConfig(run_dir="/nonexistent", devices=devices, threads_max=most)) == threads
+def test_a_rank_has_the_cores_of_one_device(cores: int, devices: str, most: int, threads: int) -> None:
+    config = PoolConfig(run_dir="/nonexistent", devices=devices, threads_max=most)
+    assert assembly._threads(config, cores) == threads
+    assert assembly._threads(msgspec.structs.replace(config, pin_cores=True), cores) == 1
 
 
 def test_a_backend_has_the_threads_that_it_is_given() -> None:

@@ -7,7 +7,8 @@
 
 namespace elasticmoe::kernels {
 
-enum class Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1 };
+// Of weights and KV. kRounded: weights of bfloat16, in products whose rows are rounded to it, too.
+enum class Dtype : int64_t { kFloat32 = 0, kBfloat16 = 1, kRounded = 2 };
 
 inline int64_t element_bytes(Dtype dtype) {
   return dtype == Dtype::kFloat32 ? 4 : 2;
@@ -214,7 +215,7 @@ bool use_instruction_set(std::string_view name);
 
 // All that are built and can run here, the best first.
 struct Built {
-  const Kernels* sets[4];
+  const Kernels* sets[5];
   int64_t count;
 };
 const Built& built_kernels();

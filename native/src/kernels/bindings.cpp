@@ -40,6 +40,11 @@ Dtype dtype_of(int64_t code) {
   return static_cast<Dtype>(code);
 }
 
+// Of the weights of a product.
+Dtype product_dtype_of(int64_t code) {
+  return code == static_cast<int64_t>(Dtype::kRounded) ? Dtype::kRounded : dtype_of(code);
+}
+
 // Address of `count` elements; null only if there are none.
 template <typename T>
 T* memory(const char* name, int64_t address, int64_t count) {
@@ -137,7 +142,7 @@ Rope rope_of(const CheckedParts& parts, int64_t table, int64_t dims, bool interl
 
 void linear(int64_t x, int64_t num_rows, int64_t w, int64_t dtype_code, int64_t num_cols, int64_t depth, int64_t out,
             bool accumulate, int64_t bias) {
-  const Dtype dtype = dtype_of(dtype_code);
+  const Dtype dtype = product_dtype_of(dtype_code);
   number("num_rows", num_rows, 0);
   number("num_cols", num_cols, 1);
   number("depth", depth, 1);
@@ -255,7 +260,7 @@ void route(int64_t x, int64_t num_rows, int64_t hidden, int64_t gate, int64_t bi
 
 void run_experts(int64_t rows, int64_t num_rows, int64_t counts, int64_t num_experts, int64_t w13, int64_t w13_stride,
                  int64_t w2, int64_t w2_stride, int64_t dtype_code, int64_t hidden, int64_t width, int64_t out) {
-  const Dtype dtype = dtype_of(dtype_code);
+  const Dtype dtype = product_dtype_of(dtype_code);
   number("num_rows", num_rows, 0);
   number("num_experts", num_experts, 1);
   number("hidden", hidden, 1);
@@ -278,7 +283,7 @@ void run_experts(int64_t rows, int64_t num_rows, int64_t counts, int64_t num_exp
 
 void run_shared_experts(int64_t x, int64_t num_rows, int64_t w13, int64_t w2, int64_t dtype_code, int64_t hidden,
                         int64_t width, int64_t gate, int64_t out) {
-  const Dtype dtype = dtype_of(dtype_code);
+  const Dtype dtype = product_dtype_of(dtype_code);
   const int32_t count = natural<int32_t>("num_rows", num_rows);
   number("hidden", hidden, 1);
   number("width", width, 1);
@@ -350,6 +355,7 @@ NB_MODULE(kernels, m) {
   using released = nb::call_guard<nb::gil_scoped_release>;
   m.attr("FLOAT32") = static_cast<int64_t>(Dtype::kFloat32);
   m.attr("BFLOAT16") = static_cast<int64_t>(Dtype::kBfloat16);
+  m.attr("ROUNDED") = static_cast<int64_t>(Dtype::kRounded);
   m.attr("SOFTMAX") = static_cast<int64_t>(Scoring::kSoftmax);
   m.attr("SIGMOID") = static_cast<int64_t>(Scoring::kSigmoid);
   m.def("instruction_sets", &instruction_sets);

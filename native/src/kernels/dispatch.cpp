@@ -25,6 +25,9 @@ extern const Kernels kKernels;
 namespace avx512 {
 extern const Kernels kKernels;
 }
+namespace avx512bf16 {
+extern const Kernels kKernels;
+}
 namespace amx {
 extern const Kernels kKernels;
 }
@@ -58,6 +61,7 @@ const Built& built_kernels() {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                             __builtin_cpu_supports("fma");
     if (has_avx512 && has_tiles()) found.sets[found.count++] = &amx::kKernels;
+    if (has_avx512 && __builtin_cpu_supports("avx512bf16")) found.sets[found.count++] = &avx512bf16::kKernels;
     if (has_avx512) found.sets[found.count++] = &avx512::kKernels;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.sets[found.count++] = &avx2::kKernels;
 #endif

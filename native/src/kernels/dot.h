@@ -43,7 +43,7 @@ inline void accumulate(F32 (&sums)[kRows][kCols], const float* x, const typename
   for (int64_t m = 0; m < kRows; ++m) {
     const F32 value = load(x + (kPart * kRows + m) * kLanes);
 #pragma GCC unroll 8
-    for (int64_t n = 0; n < kCols; ++n) sums[m][n] += weights[n] * value;
+    for (int64_t n = 0; n < kCols; ++n) sums[m][n] = T::multiply_add(sums[m][n], weights[n], value);
   }
 }
 
@@ -110,14 +110,14 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
   for (; k + T::kStep <= depth; k += T::kStep) {
     for (int64_t line = 0; line < ahead.lines; ++line) __builtin_prefetch(ahead.from + line * kLineBytes, 0, 2);
     ahead.from += ahead.lines * kLineBytes;
-    accumulate_all<T>(sums, x + k * kRows, w + k, w_stride);
+    accumulate_all<T>(sums, x + packed_floats<T>(k) * kRows, w + k, w_stride);
   }
   if (k < depth) {
     Element tail[kCols][T::kStep] = {};
     for (int64_t n = 0; n < kCols; ++n) {
       std::memcpy(tail[n], w + n * w_stride + k, static_cast<size_t>(depth - k) * sizeof(Element));
     }
-    accumulate_all<T>(sums, x + k * kRows, tail[0], T::kStep);
+    accumulate_all<T>(sums, x + packed_floats<T>(k) * kRows, tail[0], T::kStep);
   }
   store_sums(sums, out, out_stride, add);
 }
@@ -174,14 +174,15 @@ inline int64_t block_end(int64_t num_rows, int64_t block) {
 }
 
 // Pack rows for `vector_product`: block after block. `row_at(i)` is the address of row i. `to` has room for num_rows ×
-// padded<T>(depth).
+// packed_floats<T>(depth).
 template <typename T, typename RowAt>
 void pack_rows(RowAt row_at, int64_t num_rows, int64_t depth, float* to) {
   int64_t row = 0;
   for (int64_t block = 0; row < num_rows; ++block) {
     const int64_t begin = row, end = block_end(num_rows, block);
     for (; row < end; ++row) {
-      pack<T>(row_at(row), depth, to + begin * padded<T>(depth) + (row - begin) * kLanes, (end - begin) * kLanes);
+      pack<T>(row_at(row), depth, to + begin * packed_floats<T>(depth) + (row - begin) * kLanes,
+              (end - begin) * kLanes);
     }
   }
 }
@@ -196,7 +197,7 @@ template <typename T>
 void vector_product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
                     float* out, int64_t out_stride, bool add) {
   if (num_rows == 0) return;
-  const int64_t x_stride = padded<T>(depth);
+  const int64_t x_stride = packed_floats<T>(depth);
   const int64_t num_blocks = num_row_blocks(num_rows);
   const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(typename T::Element));
   if (num_blocks == 1) {  // each tile fetches what is kTilesAhead tiles after it

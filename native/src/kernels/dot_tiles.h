@@ -1,9 +1,10 @@
 // Products of rows with bfloat16 weights on the tiles of AMX. Included only by isa.cpp, in the set that has them.
 //
 // Weights are the left-hand side, because they are read as they lie: sixteen of them, 32 elements each, are a tile.
-// Rows are the right-hand side, three columns each, one for each of the terms that their floats are cut into: a step
-// with up to five rows needs one product for each tile of weights, and no more. A row's columns are summed up each by
-// itself over k in order, then added in one order: its result does not depend on how many rows are computed with it.
+// Rows are the right-hand side, kTerms columns each, one for each of the terms that their floats are cut into: with
+// three of them a step with up to five rows needs one product for each tile of weights, and no more; with one, where
+// floats are rounded to bfloat16, one with up to sixteen. A row's columns are summed up each by itself over k in order,
+// then added in one order: its result does not depend on how many rows are computed with it.
 #pragma once
 
 #include "kernels/dot.h"
@@ -11,7 +12,8 @@
 
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
-inline constexpr int64_t kTiledRows = kTile / kTerms;  // in a tile, whose last column is zeros
+template <int64_t kTerms>
+inline constexpr int64_t kTiledRows = kTile / kTerms;  // in a tile; columns that are left are zeros
 inline constexpr int64_t kTiledOuts = 4;               // tiles of weights that are computed with at once
 // Packed rows that stay in the second-level cache while all weights pass by.
 inline constexpr int64_t kTiledBytes = 1024 * 1024;
@@ -20,25 +22,32 @@ inline constexpr int64_t kLeastBlocks = 4, kMostBlocks = 16;
 inline int64_t tiled_steps(int64_t depth) {
   return (depth + kPairs - 1) / kPairs;
 }
-inline int64_t tiled_blocks(int64_t num_rows) {
-  return (num_rows + kTiledRows - 1) / kTiledRows;
+template <int64_t kTerms>
+int64_t tiled_blocks(int64_t num_rows) {
+  return (num_rows + kTiledRows<kTerms> - 1) / kTiledRows<kTerms>;
 }
 
 // Floats that `tile_rows` writes.
-inline int64_t tiled_floats(int64_t num_rows, int64_t depth) {
-  return tiled_blocks(num_rows) * tiled_steps(depth) * kTileElements / 2;
+template <int64_t kTerms>
+int64_t tiled_floats(int64_t num_rows, int64_t depth) {
+  return tiled_blocks<kTerms>(num_rows) * tiled_steps(depth) * kTileElements / 2;
 }
 
-// 32 elements of up to five rows as a tile: [16 pairs of elements, 16 columns].
-inline void tile_step(const float* x, int64_t x_stride, int64_t num_rows, int64_t left, float* to) {
+// 32 elements of up to kTiledRows rows as a tile: [16 pairs of elements, 16 columns].
+template <int64_t kTerms>
+void tile_step(const float* x, int64_t x_stride, int64_t num_rows, int64_t left, float* to) {
   F32 columns[kTile] = {};
-#pragma GCC unroll 5
-  for (int64_t row = 0; row < kTiledRows; ++row) {
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < kTiledRows<kTerms>; ++row) {
     if (row >= num_rows) continue;
     const float* from = x + row * x_stride;
     const uint32_t kept = left < kPairs ? (1u << left) - 1 : ~0u;
     F32 a = _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept), from);
     F32 b = _mm512_maskz_loadu_ps(static_cast<__mmask16>(kept >> kTile), from + kTile);
+    if constexpr (kTerms == 1) {
+      columns[row] = bits<F32>(join_halves(rounded_halves(a), rounded_halves(b)));
+      continue;
+    }
 #pragma GCC unroll 3
     for (int64_t term = 0; term < kTerms; ++term) {
       const U32 a_term = next_term(a);
@@ -50,12 +59,14 @@ inline void tile_step(const float* x, int64_t x_stride, int64_t num_rows, int64_
   for (int64_t pair = 0; pair < kTile; ++pair) store(to + pair * kTile, columns[pair]);
 }
 
-// Pack rows for `tile_product`: five after five, each five step after step. `to`: aligned to 64 bytes.
-inline void tile_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
-  for (int64_t row = 0; row < num_rows; row += kTiledRows) {
-    const int64_t rows = num_rows - row < kTiledRows ? num_rows - row : kTiledRows;
+// Pack rows for `tile_product`: kTiledRows after kTiledRows, each of these step after step. `to`: aligned to 64 bytes.
+template <int64_t kTerms>
+void tile_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
+  constexpr int64_t kRows = kTiledRows<kTerms>;
+  for (int64_t row = 0; row < num_rows; row += kRows) {
+    const int64_t rows = num_rows - row < kRows ? num_rows - row : kRows;
     for (int64_t k = 0; k < depth; k += kPairs, to += kTileElements / 2) {
-      tile_step(x + row * x_stride + k, x_stride, rows, depth - k, to);
+      tile_step<kTerms>(x + row * x_stride + k, x_stride, rows, depth - k, to);
     }
   }
 }
@@ -96,19 +107,21 @@ inline void add_step(const uint16_t* const (&w)[kOuts], size_t w_stride, const u
   }
 }
 
-// out[row, i] (+)= what the tile `sums` [16 weights, 16 columns] says of up to five rows and sixteen weights.
-inline void store_tiled(const float* sums, int64_t num_rows, int64_t num_outs, float* out, int64_t out_stride,
-                        bool add) {
+// out[row, i] (+)= what the tile `sums` [16 weights, 16 columns] says of up to kTiledRows rows and sixteen weights.
+template <int64_t kTerms>
+void store_tiled(const float* sums, int64_t num_rows, int64_t num_outs, float* out, int64_t out_stride, bool add) {
   F32 columns[kTile];
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kTile; ++i) columns[i] = load(sums + i * kTile);
   transpose(columns);
   const auto kept = static_cast<__mmask16>((1u << num_outs) - 1);
-#pragma GCC unroll 5
-  for (int64_t row = 0; row < kTiledRows; ++row) {
+#pragma GCC unroll 16
+  for (int64_t row = 0; row < kTiledRows<kTerms>; ++row) {
     if (row >= num_rows) continue;
     float* to = out + row * out_stride;
-    F32 total = columns[row * kTerms + 2] + columns[row * kTerms + 1] + columns[row * kTerms];
+    F32 total = columns[row * kTerms + kTerms - 1];  // the least first
+#pragma GCC unroll 3
+    for (int64_t term = kTerms - 2; term >= 0; --term) total += columns[row * kTerms + term];
     if (add) total += F32(_mm512_maskz_loadu_ps(kept, to));
     _mm512_mask_storeu_ps(to, kept, total);
   }
@@ -125,9 +138,9 @@ struct Tiled {
   bool add;
 };
 
-// One group of tiles: kOuts × 16 weights (fewer of the last tile have a result; all of them can be read), kBlocks × 5
-// rows. Whatever `ahead` says is fetched at each step.
-template <int64_t kOuts, int64_t kBlocks>
+// One group of tiles: kOuts × 16 weights (fewer of the last tile have a result; all of them can be read), kBlocks ×
+// kTiledRows rows. Whatever `ahead` says is fetched at each step.
+template <int64_t kTerms, int64_t kOuts, int64_t kBlocks>
 void multiply_tiles(const Tiled& a, Ahead& ahead) {
   const int64_t whole = a.depth / kPairs, left = a.depth % kPairs, block = tiled_steps(a.depth) * kTileElements;
   const auto stride = static_cast<size_t>(a.depth) * 2;
@@ -163,50 +176,54 @@ void multiply_tiles(const Tiled& a, Ahead& ahead) {
   for (int64_t i = 0; i < kOuts; ++i) {
     const int64_t outs = a.num_outs - i * kTile;
     for (int64_t j = 0; j < kBlocks; ++j) {
-      const int64_t rows = a.num_rows - j * kTiledRows;
-      store_tiled(sums[j * 2 + i], rows < kTiledRows ? rows : kTiledRows, outs < kTile ? outs : kTile,
-                  a.out + j * kTiledRows * a.out_stride + i * kTile, a.out_stride, a.add);
+      constexpr int64_t kRows = kTiledRows<kTerms>;
+      const int64_t rows = a.num_rows - j * kRows;
+      store_tiled<kTerms>(sums[j * 2 + i], rows < kRows ? rows : kRows, outs < kTile ? outs : kTile,
+                          a.out + j * kRows * a.out_stride + i * kTile, a.out_stride, a.add);
     }
   }
 }
 
 // At most kTiledOuts tiles of weights against all rows: two tiles of rows at a time against two of weights, so that
 // what is loaded is used twice, and the last one, if they are odd, against all.
-inline void multiply_panel(const Tiled& a, Ahead ahead) {
+template <int64_t kTerms>
+void multiply_panel(const Tiled& a, Ahead ahead) {
+  constexpr int64_t kRows = kTiledRows<kTerms>;
   const int64_t tiles = (a.num_outs + kTile - 1) / kTile, block = tiled_steps(a.depth) * kTileElements;
-  const int64_t paired = a.num_rows <= kTiledRows ? 0 : tiled_blocks(a.num_rows) / 2 * 2;
+  const int64_t paired = a.num_rows <= kRows ? 0 : tiled_blocks<kTerms>(a.num_rows) / 2 * 2;
   const auto part = [&](int64_t tile, int64_t first) {
     Tiled of = a;
     of.w += tile * kTile * a.depth;
     of.num_outs -= tile * kTile;
     of.x += first * block;
-    of.num_rows -= first * kTiledRows;
-    of.out += first * kTiledRows * a.out_stride + tile * kTile;
+    of.num_rows -= first * kRows;
+    of.out += first * kRows * a.out_stride + tile * kTile;
     return of;
   };
   for (int64_t tile = 0; tile < tiles; tile += 2) {
     for (int64_t first = 0; first < paired; first += 2) {
-      tiles - tile > 1 ? multiply_tiles<2, 2>(part(tile, first), ahead)
-                       : multiply_tiles<1, 2>(part(tile, first), ahead);
+      tiles - tile > 1 ? multiply_tiles<kTerms, 2, 2>(part(tile, first), ahead)
+                       : multiply_tiles<kTerms, 1, 2>(part(tile, first), ahead);
     }
   }
-  if (paired * kTiledRows >= a.num_rows) return;
+  if (paired * kRows >= a.num_rows) return;
   switch (tiles) {
     case 1:
-      return multiply_tiles<1, 1>(part(0, paired), ahead);
+      return multiply_tiles<kTerms, 1, 1>(part(0, paired), ahead);
     case 2:
-      return multiply_tiles<2, 1>(part(0, paired), ahead);
+      return multiply_tiles<kTerms, 2, 1>(part(0, paired), ahead);
     case 3:
-      return multiply_tiles<3, 1>(part(0, paired), ahead);
+      return multiply_tiles<kTerms, 3, 1>(part(0, paired), ahead);
     default:
-      return multiply_tiles<4, 1>(part(0, paired), ahead);
+      return multiply_tiles<kTerms, 4, 1>(part(0, paired), ahead);
   }
 }
 
 // out[m, n] (+)= x[m] · w[n] for x from `tile_rows` and contiguous w.
-inline void tile_product(const float* x, int64_t num_rows, const uint16_t* w, int64_t num_cols, int64_t depth,
-                         float* out, int64_t out_stride, bool add) {
-  constexpr int64_t kPanel = kTiledOuts * kTile;
+template <int64_t kTerms>
+void tile_product(const float* x, int64_t num_rows, const uint16_t* w, int64_t num_cols, int64_t depth, float* out,
+                  int64_t out_stride, bool add) {
+  constexpr int64_t kPanel = kTiledOuts * kTile, kRows = kTiledRows<kTerms>;
   const int64_t block_bytes = tiled_steps(depth) * kTileElements * 2;
   int64_t together = kTiledBytes / block_bytes / 2 * 2;  // tiles of rows
   together = together < kLeastBlocks ? kLeastBlocks : together > kMostBlocks ? kMostBlocks : together;
@@ -218,19 +235,19 @@ inline void tile_product(const float* x, int64_t num_rows, const uint16_t* w, in
     std::memcpy(copy, w + (num_cols - odd) * depth, static_cast<size_t>(odd * depth) * sizeof *copy);
   }
   begin_tiles();
-  for (int64_t row = 0; row < num_rows; row += together * kTiledRows) {
-    const int64_t rows = num_rows - row < together * kTiledRows ? num_rows - row : together * kTiledRows;
-    const uint16_t* packed =
-        reinterpret_cast<const uint16_t*>(x) + row / kTiledRows * tiled_steps(depth) * kTileElements;
-    const int64_t blocks = tiled_blocks(rows), passes = blocks / 2 * 2 + blocks % 2;
+  for (int64_t row = 0; row < num_rows; row += together * kRows) {
+    const int64_t rows = num_rows - row < together * kRows ? num_rows - row : together * kRows;
+    const uint16_t* packed = reinterpret_cast<const uint16_t*>(x) + row / kRows * tiled_steps(depth) * kTileElements;
+    const int64_t blocks = tiled_blocks<kTerms>(rows), passes = blocks / 2 * 2 + blocks % 2;
     for (int64_t n = 0; n < num_cols - odd; n += kPanel) {  // each fetches what the next one needs
       const int64_t outs = num_cols - odd - n < kPanel ? num_cols - odd - n : kPanel;
       const Ahead ahead{reinterpret_cast<const char*>(w + (n + outs) * depth), (kPanel + passes - 1) / passes};
-      multiply_panel({w + n * depth, outs, depth, packed, rows, out + row * out_stride + n, out_stride, add}, ahead);
+      multiply_panel<kTerms>({w + n * depth, outs, depth, packed, rows, out + row * out_stride + n, out_stride, add},
+                             ahead);
     }
     if (odd > 0) {
       float* to = out + row * out_stride + num_cols - odd;
-      multiply_panel({copy, odd, depth, packed, rows, to, out_stride, add}, {});
+      multiply_panel<kTerms>({copy, odd, depth, packed, rows, to, out_stride, add}, {});
     }
   }
   _tile_release();

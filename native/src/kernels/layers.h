@@ -24,7 +24,14 @@ void linear_as(const Linear& a) {
 }
 
 inline void linear(const Linear& a) {
-  a.dtype == Dtype::kBfloat16 ? linear_as<Bfloat16>(a) : linear_as<Float32>(a);
+  switch (a.dtype) {
+    case Dtype::kFloat32:
+      return linear_as<Float32>(a);
+    case Dtype::kBfloat16:
+      return linear_as<Bfloat16>(a);
+    case Dtype::kRounded:
+      return linear_as<Rounded>(a);
+  }
 }
 
 // 1 / sqrt(mean of squares + eps)
@@ -118,7 +125,14 @@ void experts_as(const Experts& a) {
 }
 
 inline void experts(const Experts& a) {
-  a.dtype == Dtype::kBfloat16 ? experts_as<Bfloat16>(a) : experts_as<Float32>(a);
+  switch (a.dtype) {
+    case Dtype::kFloat32:
+      return experts_as<Float32>(a);
+    case Dtype::kBfloat16:
+      return experts_as<Bfloat16>(a);
+    case Dtype::kRounded:
+      return experts_as<Rounded>(a);
+  }
 }
 
 inline void exponentials(const float* x, int64_t count, float peak, float factor, float* out) {

@@ -10,7 +10,12 @@ namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
 #if defined(__AMX_BF16__)
 template <typename T>
-inline constexpr bool kOnTiles = T::kParts == 2;
+inline constexpr bool kOnTiles = sizeof(typename T::Element) == 2;
+// Of bfloat16, that a float of the other side is cut into: all of its 24 bits, or as many as it is rounded to.
+template <typename T>
+inline constexpr int64_t kTermsOf = 3;
+template <>
+inline constexpr int64_t kTermsOf<Rounded> = 1;
 #else
 template <typename T>
 inline constexpr bool kOnTiles = false;
@@ -20,16 +25,16 @@ inline constexpr bool kOnTiles = false;
 template <typename T>
 int64_t operand_floats(int64_t num_rows, int64_t depth) {
 #if defined(__AMX_BF16__)
-  if constexpr (kOnTiles<T>) return tiled_floats(num_rows, depth);
+  if constexpr (kOnTiles<T>) return tiled_floats<kTermsOf<T>>(num_rows, depth);
 #endif
-  return num_rows * padded<T>(depth);
+  return num_rows * packed_floats<T>(depth);
 }
 
 // Rows as `product` takes them. `to`: aligned to 64 bytes.
 template <typename T>
 void make_operand(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth, float* to) {
 #if defined(__AMX_BF16__)
-  if constexpr (kOnTiles<T>) return tile_rows(x, x_stride, num_rows, depth, to);
+  if constexpr (kOnTiles<T>) return tile_rows<kTermsOf<T>>(x, x_stride, num_rows, depth, to);
 #endif
   pack_rows<T>(x, x_stride, num_rows, depth, to);
 }
@@ -39,7 +44,9 @@ template <typename T>
 void product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
              float* out, int64_t out_stride, bool add) {
 #if defined(__AMX_BF16__)
-  if constexpr (kOnTiles<T>) return tile_product(x, num_rows, w, num_cols, depth, out, out_stride, add);
+  if constexpr (kOnTiles<T>) {
+    return tile_product<kTermsOf<T>>(x, num_rows, w, num_cols, depth, out, out_stride, add);
+  }
 #endif
   vector_product<T>(x, num_rows, w, num_cols, depth, out, out_stride, add);
 }

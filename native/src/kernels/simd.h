@@ -7,6 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace elasticmoe::kernels::ELASTICMOE_ISA {
 
 #if defined(__AVX512F__)
@@ -47,7 +51,7 @@ inline To bits(From v) {
 
 // Elements of a stored dtype, `kStep` at a time, as `kParts` vectors of floats. The bfloat16 vectors hold the even and
 // the odd elements: one shift and one mask widen 2 × kLanes of them. Whatever meets them in a product is permuted
-// likewise.
+// likewise, and rounded as `rounded` does.
 struct Float32 {
   using Element = float;
   static constexpr int64_t kParts = 1;
@@ -57,8 +61,10 @@ struct Float32 {
   static F32 part(const Element* from) {
     return load(from);
   }
+  static F32 multiply_add(F32 sum, F32 weights, F32 x) { return sum + weights * x; }
   static Element narrow(float value) { return value; }
   static float widen(Element value) { return value; }
+  static float rounded(float value) { return value; }
 };
 
 struct Bfloat16 {
@@ -72,6 +78,7 @@ struct Bfloat16 {
     std::memcpy(&pairs, from, sizeof pairs);
     return kPart == 0 ? bits<F32>(pairs << 16) : bits<F32>(pairs & 0xffff0000u);
   }
+  static F32 multiply_add(F32 sum, F32 weights, F32 x) { return sum + weights * x; }
   // Round to nearest, ties to even; a NaN stays one.
   static Element narrow(float value) {
     const uint32_t u = bits<uint32_t>(value);
@@ -79,6 +86,26 @@ struct Bfloat16 {
     return static_cast<Element>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
   }
   static float widen(Element value) { return bits<float>(static_cast<uint32_t>(value) << 16); }
+  static float rounded(float value) { return value; }
+};
+
+// Weights of bfloat16 whose other side is rounded to bfloat16, too. With AVX512-BF16 both sides stay pairs of elements
+// as they lie in memory, and one instruction multiplies and adds 2 × kLanes of them.
+struct Rounded : Bfloat16 {
+  static float rounded(float value) { return widen(narrow(value)); }
+#if defined(__AVX512BF16__)
+  static constexpr int64_t kParts = 1;
+
+  template <int64_t kPart>
+  static F32 part(const Element* from) {
+    F32 pairs;
+    std::memcpy(&pairs, from, sizeof pairs);
+    return pairs;
+  }
+  static F32 multiply_add(F32 sum, F32 weights, F32 x) {
+    return F32(_mm512_dpbf16_ps(__m512(sum), bits<__m512bh>(weights), bits<__m512bh>(x)));
+  }
+#endif
 };
 
 template <typename T>
@@ -86,19 +113,36 @@ inline int64_t padded(int64_t count) {
   return (count + T::kStep - 1) / T::kStep * T::kStep;
 }
 
+// Floats that `pack` writes.
+template <typename T>
+inline int64_t packed_floats(int64_t count) {
+  return padded<T>(count) / T::kStep * T::kParts * kLanes;
+}
+
 // Permute `count` floats to the order of T's vectors, each vector `to_stride` floats after the one before, and fill the
 // last step up with zeros.
 template <typename T>
 inline void pack(const float* from, int64_t count, float* to, int64_t to_stride = kLanes) {
   int64_t i = 0;
+  if constexpr (T::kStep > T::kParts * kLanes) {  // pairs stay pairs
+    for (; i < count; i += T::kStep, to += to_stride) {
+      typename T::Element pairs[T::kStep] = {};
+      const int64_t left = count - i < T::kStep ? count - i : T::kStep;
+      for (int64_t j = 0; j < left; ++j) pairs[j] = T::narrow(from[i + j]);
+      std::memcpy(to, pairs, sizeof pairs);
+    }
+    return;
+  }
   for (; i + T::kStep <= count; i += T::kStep, to += T::kParts * to_stride) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      for (int64_t part = 0; part < T::kParts; ++part) to[part * to_stride + lane] = from[i + lane * T::kParts + part];
+      for (int64_t part = 0; part < T::kParts; ++part) {
+        to[part * to_stride + lane] = T::rounded(from[i + lane * T::kParts + part]);
+      }
     }
   }
   if (i == count) return;
   for (int64_t j = 0; j < T::kStep; ++j) {
-    to[j % T::kParts * to_stride + j / T::kParts] = i + j < count ? from[i + j] : 0.0f;
+    to[j % T::kParts * to_stride + j / T::kParts] = i + j < count ? T::rounded(from[i + j]) : 0.0f;
   }
 }
 

@@ -43,6 +43,13 @@ inline U32 next_term(F32& rest) {
   return term;
 }
 
+// 16 floats rounded to bfloat16, to nearest with ties to even, as their upper halves; a NaN stays one.
+inline U32 rounded_halves(F32 x) {
+  const U32 u = bits<U32>(x), odd = (u >> 16) & 1u;
+  const U32 rounded = (u + 0x7fffu + odd) & 0xffff0000u;
+  return x == x ? rounded : ((u | 0x400000u) & 0xffff0000u);
+}
+
 // Lane i of the result: the upper halves of lanes 2 i and 2 i + 1 of a and b one after the other.
 inline U32 join_halves(U32 a, U32 b) {
   constexpr auto kEven = [](int64_t i) { return 2 * i; };

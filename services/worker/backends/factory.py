@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from elasticmoe.common.layout import Compute
+from elasticmoe.common.layout import Compute, check_rounding
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.worker.backends.accelerator.backend import AcceleratorBackend
 from elasticmoe.services.worker.backends.accelerator.graphs import TorchRecorder
@@ -32,15 +32,19 @@ def _open_triton(tell_waiting: TellWaiting, device: torch.device, graphs: bool) 
 
 class BackendOptions(NamedTuple):
     """`graphs`: steps may be captured, where that can be done. `threads`: that compute in this process, where the
-    backend can have several; what cannot be started is done without."""
+    backend can have several; what cannot be started is done without. `rounds`: what is multiplied by bfloat16 weights
+    is rounded to bfloat16, too."""
 
     graphs: bool = True
     threads: int = 1
+    rounds: bool = False
 
 
 BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device, BackendOptions], ComputeBackend]] = {
-    "host": lambda tell_waiting, device, options: HostBackend(tell_waiting, device, options.threads),
-    "torch": lambda tell_waiting, device, _: TorchBackend(tell_waiting, device),
+    "host": lambda tell_waiting, device, options: HostBackend(
+        tell_waiting, device, options.threads, rounds=options.rounds
+    ),
+    "torch": lambda tell_waiting, device, options: TorchBackend(tell_waiting, device, rounds=options.rounds),
     "triton": lambda tell_waiting, device, options: _open_triton(tell_waiting, device, options.graphs),
     "torch_npu": lambda tell_waiting, device, _: AcceleratorBackend(NpuKernels(device), tell_waiting, device),
 }
@@ -54,5 +58,7 @@ def open_backend(
 ) -> ComputeBackend:
     """A backend for one rank. `device`: where its memory's tensors are, as the rank's Device says; which backends
     compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. Raises ConfigError
-    no_compute where a package, or an operator of one, is missing that it needs."""
+    no_compute where a package, or an operator of one, is missing that it needs, or where it cannot round and is to."""
+    if options.rounds:
+        check_rounding(name)
     return BACKENDS[name](tell_waiting, device, options)

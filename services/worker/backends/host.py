@@ -57,9 +57,13 @@ class HostBackend(ComputeBackend):
         tell_waiting: Callable[[bool], None] | None = None,
         device: torch.device = torch.device("cpu"),
         threads: int = 1,
+        *,
+        rounds: bool = False,
     ) -> None:
-        """See ComputeBackend. `threads`: that compute in this process; what cannot be started is done without."""
+        """See ComputeBackend. `threads`: that compute in this process; what cannot be started is done without.
+        `rounds`: what is multiplied by bfloat16 weights is rounded to bfloat16, too."""
         super().__init__(tell_waiting, device)
+        self._rounds = rounds
         try:
             kernels.use_threads(threads)
         except (RuntimeError, MemoryError) as error:
@@ -93,6 +97,10 @@ class HostBackend(ComputeBackend):
             seen = self._seen = (cache.blocks, cache.num_blocks, view)
         return seen[2]
 
+    def _product(self, code: int) -> int:
+        """The code of a product with weights of `code`."""
+        return kernels.ROUNDED if self._rounds and code == kernels.BFLOAT16 else code
+
     # ---- a decoder's
 
     def embed(
@@ -122,6 +130,7 @@ class HostBackend(ComputeBackend):
         bias = float32(bias_W, width)
         x, out = activations(x_NH, depth), activations(out_NW, width)
         w, code = stored(w_WH, width, depth)
+        code = self._product(code)
 
         def run(n: int) -> None:
             kernels.linear(x, n, w, code, width, depth, out, accumulate, bias)
@@ -279,6 +288,7 @@ class HostBackend(ComputeBackend):
         width, num_experts = moe.expert_width, moe.num_experts
         w13_stride, w2_stride = (slot_stride(tensor_E, num_experts) for tensor_E in (w13_E, w2_E))
         w13, w2, code = stored_pair(w13_E[0], (2 * width, hidden), w2_E[0], (hidden, width))
+        code = self._product(code)
 
         def run(rows_RH: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> None:
             rows, counts = rows_RH.data_ptr(), counts_E.data_ptr()
@@ -295,6 +305,7 @@ class HostBackend(ComputeBackend):
         hidden = x_NH.shape[1]
         x, out = activations(x_NH, hidden), activations(out_NH, hidden)
         w13_addr, w2_addr, code = stored_pair(w13, (2 * width, hidden), w2, (hidden, width))
+        code = self._product(code)
         counts = array("i", [0])
         counts_addr = counts.buffer_info()[0]
 
@@ -317,6 +328,7 @@ class HostBackend(ComputeBackend):
         hidden = x_NH.shape[1]
         x, out, gate = activations(x_NH, hidden), activations(out_NH, hidden), float32(gate_1H, 1, hidden)
         w13_addr, w2_addr, code = stored_pair(w13, (2 * width, hidden), w2, (hidden, width))
+        code = self._product(code)
 
         def run(n: int) -> None:
             kernels.shared_experts(x, n, w13_addr, w2_addr, code, hidden, width, gate, out)

@@ -19,7 +19,15 @@ from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, Moe
 from elasticmoe.services.worker.backends.base import BatchOperation, Operation
 from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend, looked_up
 from elasticmoe.services.worker.backends.torch_batch import TorchBatch, cached, lay_out
-from elasticmoe.services.worker.backends.torch_rows import feed_forward_row, first_rows, normed, rotate, routed
+from elasticmoe.services.worker.backends.torch_rows import (
+    as_it_is,
+    feed_forward_row,
+    first_rows,
+    normed,
+    rotate,
+    rounded,
+    routed,
+)
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
@@ -29,6 +37,21 @@ class TorchBackend(TensorBackend):
     """See TensorBackend."""
 
     name = "torch"
+
+    def __init__(
+        self,
+        tell_waiting: Callable[[bool], None] | None = None,
+        device: torch.device = torch.device("cpu"),
+        *,
+        rounds: bool = False,
+    ) -> None:
+        """See TensorBackend. `rounds`: what is multiplied by bfloat16 weights is rounded to bfloat16, too."""
+        super().__init__(tell_waiting, device)
+        self._rounds = rounds
+
+    def _taken(self, weight: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        """How products with `weight` take their other side."""
+        return rounded if self._rounds and weight.dtype == torch.bfloat16 else as_it_is
 
     def check_batch(self, batch: Batch, cache: KvCache) -> TorchBatch:
         """See ComputeBackend."""
@@ -63,12 +86,12 @@ class TorchBackend(TensorBackend):
     ) -> Operation:
         """See ComputeBackend."""
         self._check_linear(x_NH, w_WH, out_NW, bias_W)
-        row_H = self.empty(x_NH.shape[1])
+        row_H, taken = self.empty(x_NH.shape[1]), self._taken(w_WH)
 
         def run(n: int) -> None:
             w = w_WH.float()
             for x_H, out_W in first_rows(n, x_NH, out_NW):
-                product_W = torch.mv(w, row_H.copy_(x_H))
+                product_W = torch.mv(w, row_H.copy_(taken(x_H)))
                 if bias_W is not None:
                     product_W += bias_W
                 out_W.copy_(out_W + product_W if accumulate else product_W)
@@ -243,7 +266,7 @@ class TorchBackend(TensorBackend):
         """See ComputeBackend."""
         num_experts = moe.num_experts
         self._check_experts(w13_E, w2_E, moe, hidden)
-        row_H = self.empty(hidden)
+        row_H, taken = self.empty(hidden), self._taken(w13_E)
 
         def run(rows_RH: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> None:
             computed_RH = rows_RH[:num_rows].to(self.device)
@@ -253,7 +276,7 @@ class TorchBackend(TensorBackend):
                     w13, w2 = w13_E[expert].float(), w2_E[expert].float()
                 for _ in range(count):
                     x_H = next(rows)
-                    x_H.copy_(feed_forward_row(row_H.copy_(x_H), w13, w2))
+                    x_H.copy_(feed_forward_row(row_H.copy_(x_H), w13, w2, taken))
             if rows_RH.device != self.device:
                 self.fence()
                 rows_RH[:num_rows].copy_(computed_RH)
@@ -265,12 +288,12 @@ class TorchBackend(TensorBackend):
     ) -> Operation:
         """See ComputeBackend."""
         self._check_feed_forward(x_NH, w13, w2, width, out_NH)
-        row_H = self.empty(x_NH.shape[1])
+        row_H, taken = self.empty(x_NH.shape[1]), self._taken(w13)
 
         def run(n: int) -> None:
             wide, narrow = w13.float(), w2.float()
             for x_H, out_H in first_rows(n, x_NH, out_NH):
-                out_H.copy_(feed_forward_row(row_H.copy_(x_H), wide, narrow))
+                out_H.copy_(feed_forward_row(row_H.copy_(x_H), wide, narrow, taken))
 
         return run
 
@@ -287,12 +310,12 @@ class TorchBackend(TensorBackend):
         self._check_feed_forward(x_NH, w13, w2, width, out_NH)
         if gate_1H is not None:
             self._check(gate_1H, (1, x_NH.shape[1]), torch.float32)
-        row_H = self.empty(x_NH.shape[1])
+        row_H, taken = self.empty(x_NH.shape[1]), self._taken(w13)
 
         def run(n: int) -> None:
             wide, narrow = w13.float(), w2.float()
             for x_H, out_H in first_rows(n, x_NH, out_NH):
-                added_H = feed_forward_row(row_H.copy_(x_H), wide, narrow)
+                added_H = feed_forward_row(row_H.copy_(x_H), wide, narrow, taken)
                 out_H += added_H if gate_1H is None else added_H * torch.mv(gate_1H, row_H).sigmoid()
 
         return run

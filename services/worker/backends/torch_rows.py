@@ -5,7 +5,7 @@ Shape suffixes: as in torch.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn.functional import silu
@@ -23,10 +23,22 @@ def normed(x_H: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tenso
     return x_H * torch.rsqrt(x_H.square().mean() + eps) * weight_H
 
 
-def feed_forward_row(x_H: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
-    """w2 · (silu(gate) * up), gate and up the halves of w13 · x."""
-    gate_I, up_I = torch.mv(w13, x_H).chunk(2)
-    return torch.mv(w2, silu(gate_I.clone()) * up_I)
+def as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    """What is multiplied by weights, where nothing is rounded."""
+    return tensor
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    """To bfloat16 and back: to nearest, ties to even."""
+    return tensor.bfloat16().float()
+
+
+def feed_forward_row(
+    x_H: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, taken: Callable[[torch.Tensor], torch.Tensor] = as_it_is
+) -> torch.Tensor:
+    """w2 · (silu(gate) * up), gate and up the halves of w13 · x, each side of a product as it is `taken`."""
+    gate_I, up_I = torch.mv(w13, taken(x_H)).chunk(2)
+    return torch.mv(w2, taken(silu(gate_I.clone()) * up_I))
 
 
 def rotate(turned_NXD: torch.Tensor, rope_N1D: torch.Tensor, rope: RopeSpec) -> None:
