@@ -46,7 +46,7 @@ def check_hardware(settings: Settings) -> None:
     """The devices are there, with their driver, and what is to compute there does. Raises DeviceError no_driver,
     no_device, no_torch; ConfigError no_compute."""
     compute = settings.scaler.compute_backend
-    if settings.values.get("activations") == "bfloat16":
+    if settings.pool.rounds:
         check_rounding(compute)
     check_devices(settings.scaler.device_count)
 

@@ -45,6 +45,7 @@ class Settings:
     scaler: config.ScalerConfig
     router: config.RouterConfig
     hmm: config.HmmConfig
+    pool: config.PoolConfig
     values: Mapping[str, Any]
     is_roomy: bool = False
 
@@ -176,7 +177,8 @@ def resolve(values: Mapping[str, Any], *, is_roomy: bool = False) -> Settings:
     flags = {name: _FLAGS.get(name, "--" + name.replace("_", "-")) for name in values}
     scaler = config.load(config.ScalerConfig, values, flags)
     router = config.load(config.RouterConfig, values, flags)
-    return Settings(scaler, router, config.load(config.HmmConfig, values, flags), dict(values), is_roomy)
+    hmm, pool = config.load(config.HmmConfig, values, flags), config.load(config.PoolConfig, values, flags)
+    return Settings(scaler, router, hmm, pool, dict(values), is_roomy)
 
 
 def child_environment(settings: Settings) -> dict[str, str]:
