@@ -29,7 +29,7 @@ from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.factory import check_devices, granularity_of
 from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.families import load_spec
-from elasticmoe.common.layout import Layout, check_rounding, initial_layout
+from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.machine import available_bytes
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
@@ -45,9 +45,7 @@ _POLL_S = 0.2
 def check_hardware(settings: Settings) -> None:
     """The devices are there, with their driver, and what is to compute there does. Raises DeviceError no_driver,
     no_device, no_torch; ConfigError no_compute."""
-    compute = settings.scaler.compute_backend
-    if settings.pool.rounds:
-        check_rounding(compute)
+    _ = settings.scaler.compute_backend
     check_devices(settings.scaler.device_count)
 
 

@@ -60,6 +60,7 @@ def differences(record: DeploymentRecord, settings: Settings) -> list[str]:
         "--model": (record.model, scaler.model),
         "--dtype": (record.dtype, scaler.dtype),
         "--compute": (record.compute, scaler.compute_backend),
+        "--activations": (record.activations, scaler.activations),
         "--tp": (str(record.tp), str(scaler.tp)),
         "--store": (record.store or "the embedded one", store_name(scaler.store_url) or "the embedded one"),
     }

@@ -45,7 +45,6 @@ class Settings:
     scaler: config.ScalerConfig
     router: config.RouterConfig
     hmm: config.HmmConfig
-    pool: config.PoolConfig
     values: Mapping[str, Any]
     is_roomy: bool = False
 
@@ -128,6 +127,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "tp": args.tp,
         "dtype": args.dtype,
         "compute": args.compute,
+        "activations": args.activations,
         "exchange": args.exchange,
         "host": args.host,
         "port": args.port,
@@ -177,8 +177,7 @@ def resolve(values: Mapping[str, Any], *, is_roomy: bool = False) -> Settings:
     flags = {name: _FLAGS.get(name, "--" + name.replace("_", "-")) for name in values}
     scaler = config.load(config.ScalerConfig, values, flags)
     router = config.load(config.RouterConfig, values, flags)
-    hmm, pool = config.load(config.HmmConfig, values, flags), config.load(config.PoolConfig, values, flags)
-    return Settings(scaler, router, hmm, pool, dict(values), is_roomy)
+    return Settings(scaler, router, config.load(config.HmmConfig, values, flags), dict(values), is_roomy)
 
 
 def child_environment(settings: Settings) -> dict[str, str]:

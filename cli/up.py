@@ -31,7 +31,7 @@ from elasticmoe.cli.rundir import RunDir
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.fence import Fence
-from elasticmoe.common.layout import Compute, ExchangeKind
+from elasticmoe.common.layout import Activations, Compute, ExchangeKind
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
 from elasticmoe.common.record import (
@@ -70,6 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute",
         choices=("auto", *get_args(Compute)),
         help=f"what computes the steps (default {default['compute']})",
+    )
+    add(
+        "--activations",
+        choices=get_args(Activations),
+        help=f"what bfloat16 weights are multiplied by (default {default['activations']})",
     )
     add(
         "--exchange",
@@ -311,6 +316,7 @@ def _plan(
         served_name=scaler.served_name,
         dtype=scaler.dtype,
         compute=scaler.compute_backend,
+        activations=scaler.activations,
         devices=scaler.devices,
         url=resolved.url,
         admin_url=resolved.admin_url,

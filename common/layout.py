@@ -55,13 +55,16 @@ COMPUTES: Final[dict[str, tuple[Compute, ...]]] = {
 }
 """What computes on devices, by the backend that these are of; the first is what `auto` means there."""
 
+Activations = Literal["float32", "bfloat16"]
+"""What bfloat16 weights are multiplied by: numbers as they are, or rounded to bfloat16, too."""
+
 _ROUNDING: Final[frozenset[Compute]] = frozenset({"host", "torch"})
 
 
-def check_rounding(compute: Compute) -> None:
-    """Raises ConfigError no_compute where `compute` has no products of rounded activations."""
-    if compute not in _ROUNDING:
-        text = f"--compute {compute} computes with activations of float32: leave the setting `activations` at that"
+def check_activations(compute: Compute, activations: Activations) -> None:
+    """Raises ConfigError no_compute where they are to be rounded and `compute` does not follow that."""
+    if activations != "float32" and compute not in _ROUNDING:
+        text = f"--compute {compute} does not follow --activations {activations}: leave it at float32"
         raise ConfigError(text, code="no_compute")
 
 
@@ -70,12 +73,13 @@ ExchangeKind = Literal["shm", "mailbox", "torch_dist"]
 
 
 class Served(msgspec.Struct, frozen=True):
-    """What a layout is of: the checkpoint's folder, the dtype of its weights, and the backend that computes it: KV that
-    one has written is not, bit by bit, what another would have."""
+    """What a layout is of: the checkpoint's folder, the dtype of its weights, the backend that computes it, and its
+    activations: KV that one has written is not, bit by bit, what another would have."""
 
     model: str
     dtype: str
     compute: Compute = "host"
+    activations: Activations = "float32"
 
 
 class Layout(msgspec.Struct, frozen=True):

@@ -67,7 +67,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     url, port: of the listener for clients
     admin_url, admin_port: of the admin listener
     started_at: Unix time in seconds
-    compute: the backend that ranks compute with
+    compute: the backend that ranks compute with; `activations`: what they multiply bfloat16 weights by
     store: the server that holds its layout, without user and password; empty for the embedded one
     state_format: STATE_FORMAT of the version that started it; 0 of one that did not write it down
     """
@@ -85,6 +85,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     admin_port: Port
     started_at: float
     compute: _Text = "host"
+    activations: _Text = "float32"
     tp: Annotated[int, Meta(ge=1)] = 1
     store: Annotated[str, Meta(max_length=4096)] = ""
     state_format: Annotated[int, Meta(ge=0)] = 0

@@ -16,7 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from elasticmoe.common.devices.names import COUNT_PATTERN, DeviceCount
-from elasticmoe.common.layout import COMPUTES, Compute, ExchangeKind
+from elasticmoe.common.layout import COMPUTES, Activations, Compute, ExchangeKind, check_activations
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.common.protocol.limits import RANKS_MAX, SOCKET_PATH_BYTES_MAX
 
@@ -151,6 +151,15 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
             form="`auto`, `host`, `torch`, `triton`, `torch_npu`",
         ),
     ] = "auto"
+    activations: Annotated[
+        str,
+        Meta(pattern=r"^(float32|bfloat16)\Z"),
+        _is(
+            "What `bfloat16` weights are multiplied by: numbers of float32, or rounded to bfloat16 as in other "
+            "engines, which many rows gain by where the processor has AVX512-BF16 or AMX (`compute` `host`)",
+            form="`float32`, `bfloat16`",
+        ),
+    ] = "float32"
     exchange: Annotated[
         str,
         Meta(pattern=r"^(auto|shm|mailbox|torch_dist)\Z"),
@@ -189,13 +198,19 @@ class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True)
     @property
     def compute_backend(self) -> Compute:
         """The backend that `compute` means on these devices: the same for all ranks, whose results differ otherwise.
-        Raises ConfigError no_compute for one that does not compute there."""
+        Raises ConfigError no_compute for one that does not compute there, or not with these activations."""
         possible = COMPUTES[self.device_count.backend]
         for name in possible:
             if self.compute in ("auto", name):
+                check_activations(name, self.activation_kind)
                 return name
         text = f"{self.compute} does not compute on {self.devices}: --compute has to be auto or {' or '.join(possible)}"
         raise ConfigError(text, code="no_compute")
+
+    @property
+    def activation_kind(self) -> Activations:
+        """The same for all ranks."""
+        return next(kind for kind in get_args(Activations) if kind == self.activations)
 
     @property
     def exchange_kind(self) -> ExchangeKind:
@@ -248,24 +263,10 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(ge=1, le=64),
         _is("Most threads that a rank on `host` computes with; it takes the usable cores divided by `devices`"),
     ] = 64
-    activations: Annotated[
-        str,
-        Meta(pattern=r"^(float32|bfloat16)\Z"),
-        _is(
-            "What `bfloat16` weights are multiplied by, on `host` devices: numbers of float32, or rounded to bfloat16 "
-            "as in other engines, which is faster where the processor has AVX512-BF16 or AMX",
-            form="`float32`, `bfloat16`",
-        ),
-    ] = "float32"
     captured_graphs: Annotated[
         bool,
         _is("Let ranks queue a decode step's sections as captured graphs, where `compute` can (`triton`)"),
     ] = True
-
-    @property
-    def rounds(self) -> bool:
-        """Whether activations are rounded."""
-        return self.activations == "bfloat16"
 
 
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from elasticmoe.common.layout import Compute, RankId
+from elasticmoe.common.layout import Activations, Compute, RankId
 from elasticmoe.common.protocol.codec import Codec, Message
 from elasticmoe.common.protocol.limits import NAME_CHARS_MAX
 
@@ -22,6 +22,7 @@ class StartRank(Message, frozen=True):
     max_sequences: most sequences at once, its ledger rows
     max_model_len: tokens of the longest sequence, prompt and output together
     compute: the backend, the same for all ranks
+    activations: that it computes with, the same for all ranks
     """
 
     rank: RankId
@@ -33,6 +34,7 @@ class StartRank(Message, frozen=True):
     max_sequences: Annotated[int, Meta(ge=1, le=65_536)]
     max_model_len: Annotated[int, Meta(ge=2, le=1_048_576)]
     compute: Compute = "host"
+    activations: Activations = "float32"
 
 
 class StopRank(Message, frozen=True):

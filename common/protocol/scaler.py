@@ -27,8 +27,8 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     pages: bytes of real memory behind it, whichever process made it
     progress: what that rank has counted on the bus; 0 where none is attached
     is_waiting: that rank says on the bus that it waits for this device, in a call in which it counts nothing
-    large_pages: bytes of its weights and KV in large pages, where its backend's own are small: 0 elsewhere, and right
-        after a load or a change of its memory, until the next look is over
+    large_pages: bytes of its weights and KV in large pages, where its backend's own are small; 0 elsewhere. As
+        far as they have been looked at since the memory changed last
     total: bytes that the device has, as its driver says; 0 where its memory is the machine's
     """
 

@@ -1,6 +1,6 @@
 // The kernels under sanitizers: every set, on memory of exactly the size that they may touch. What they compute is
-// tested from Python (tests/unit/test_kernels*.py); here only that it is the same in one step as in many. Longer than 400
-// lines, since all of them go through one list of sets.
+// tested from Python (tests/unit/test_kernels*.py); here only that it is the same in one step as in many. Longer than
+// 400 lines, since all of them go through one list of sets.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -134,7 +134,7 @@ std::vector<float> part_of(const std::vector<float>& all, int64_t begin, int64_t
 }  // namespace
 
 TEST(products_are_as_exact_as_float32_and_do_not_depend_on_other_rows) {
-  constexpr int64_t kRows = 170;  // more than are packed at once on tiles
+  constexpr int64_t kRows = 300;  // more than are packed at once on tiles, rounded or not
   struct Shape {
     int64_t cols, depth;
   };
@@ -152,7 +152,7 @@ TEST(products_are_as_exact_as_float32_and_do_not_depend_on_other_rows) {
     const std::vector<float> all = run(0, kRows, zeros, nullptr);
     check_product(taken, w, kRows, shape.cols, shape.depth, 0, all);
     check_product(taken, w, kRows, shape.cols, shape.depth, 1, run(0, kRows, ones, nullptr));
-    for (const int64_t rows : {1, 2, 4, 5, 6, 10, 11, 16, 17, 20, 33, 79, 80, 81, 85}) {
+    for (const int64_t rows : {1, 2, 4, 5, 6, 10, 11, 16, 17, 20, 33, 79, 80, 81, 85, 256, 257}) {
       const int64_t first = rows % 7;
       const std::vector<float> some = run(first, rows, part_of(zeros, 0, rows * shape.cols), nullptr);
       CHECK(some == part_of(all, first * shape.cols, rows * shape.cols));
@@ -237,14 +237,15 @@ TEST(experts_stay_within_their_memory_and_do_not_depend_on_other_rows) {
 
 TEST(threads_change_no_bit_of_products_and_experts) {
   constexpr int64_t kHidden = 512, kWidth = 256, kCols = 900;
+  Dtype dtype = Dtype::kBfloat16;
   const std::vector<uint16_t> w = halves(floats(kCols * kHidden, 2));
   const std::vector<float> x = floats(300 * kHidden, 1), bias = floats(kCols, 3), gate = floats(kHidden, 4);
   const std::vector<uint16_t> w13 = halves(floats(9 * 2 * kWidth * kHidden, 5));
   const std::vector<uint16_t> w2 = halves(floats(9 * kHidden * kWidth, 6));
   const auto linear = [&](int64_t rows) {
     std::vector<float> out(static_cast<size_t>(rows * kCols), 1);
-    shared::linear({x.data(), rows, w.data(), Dtype::kBfloat16, kCols, kHidden, out.data(), true,
-                    rows == 7 ? bias.data() : nullptr});
+    shared::linear(
+        {x.data(), rows, w.data(), dtype, kCols, kHidden, out.data(), true, rows == 7 ? bias.data() : nullptr});
     return out;
   };
   const auto experts = [&](const std::vector<int32_t>& counts, const float* gated) {
@@ -253,8 +254,8 @@ TEST(threads_change_no_bit_of_products_and_experts) {
     std::vector<float> out = part_of(x, 0, rows * kHidden);  // in its place, as ranks do
     shared::experts({out.data(), counts.data(), static_cast<int64_t>(counts.size()),
                      reinterpret_cast<const char*>(w13.data()), 2 * kWidth * kHidden * 2,
-                     reinterpret_cast<const char*>(w2.data()), kHidden * kWidth * 2, Dtype::kBfloat16, kHidden, kWidth,
-                     gated, out.data(), false});
+                     reinterpret_cast<const char*>(w2.data()), kHidden * kWidth * 2, dtype, kHidden, kWidth, gated,
+                     out.data(), false});
     return out;
   };
   const std::vector<std::vector<int32_t>> loads{
@@ -270,17 +271,20 @@ TEST(threads_change_no_bit_of_products_and_experts) {
       std::vector<float> out = floats(rows * kHidden, 8);
       const int32_t count = static_cast<int32_t>(rows);
       shared::experts({many.data(), &count, 1, reinterpret_cast<const char*>(w13.data()), 0,
-                       reinterpret_cast<const char*>(w2.data()), 0, Dtype::kBfloat16, kHidden, kWidth, gate.data(),
-                       out.data(), true});
+                       reinterpret_cast<const char*>(w2.data()), 0, dtype, kHidden, kWidth, gate.data(), out.data(),
+                       true});
       results.push_back(out);
     }
     return results;
   };
-  const std::vector<std::vector<float>> alone = all();
-  for (const int64_t threads : {2, 3, 7}) {
-    set_threads(threads);
-    CHECK(all() == alone);
-    set_threads(1);
+  for (const Dtype taken : kTaken) {
+    dtype = taken;
+    const std::vector<std::vector<float>> alone = all();
+    for (const int64_t threads : {2, 3, 7}) {
+      set_threads(threads);
+      CHECK(all() == alone);
+      set_threads(1);
+    }
   }
 }
 
@@ -378,17 +382,18 @@ TEST(latent_attention_over_many_tiles_of_keys_is_the_same_in_every_set) {
 }
 
 TEST(deep_products_are_exact_too) {  // of which tiles pack fewer rows at once
-  constexpr int64_t kRows = 47, kCols = 20, kDepth = 12'000;
+  constexpr int64_t kRows = 85, kCols = 20, kDepth = 12'000;
   const std::vector<float> x = floats(kRows * kDepth, 1);
   const std::vector<uint16_t> w = halves(floats(kCols * kDepth, 2));
   for (const Kernels* set : all_sets()) {
-    std::vector<float> out(static_cast<size_t>(kRows * kCols)), alone(static_cast<size_t>(kCols));
-    set->linear({x.data(), kRows, w.data(), Dtype::kBfloat16, kCols, kDepth, out.data(), false, nullptr});
-    check_product(x, w, kRows, kCols, kDepth, 0, out);
-    for (const int64_t row : {0, 21, 46}) {
-      set->linear(
-          {x.data() + row * kDepth, 1, w.data(), Dtype::kBfloat16, kCols, kDepth, alone.data(), false, nullptr});
-      CHECK(alone == part_of(out, row * kCols, kCols));
+    for (const Dtype dtype : kTaken) {
+      std::vector<float> out(static_cast<size_t>(kRows * kCols)), alone(static_cast<size_t>(kCols));
+      set->linear({x.data(), kRows, w.data(), dtype, kCols, kDepth, out.data(), false, nullptr});
+      check_product(dtype == Dtype::kRounded ? rounded(x) : x, w, kRows, kCols, kDepth, 0, out);
+      for (const int64_t row : {0, 21, 46, 84}) {
+        set->linear({x.data() + row * kDepth, 1, w.data(), dtype, kCols, kDepth, alone.data(), false, nullptr});
+        CHECK(alone == part_of(out, row * kCols, kCols));
+      }
     }
   }
 }

@@ -113,5 +113,5 @@ def _device_status(
         progress=members.progress(attached.slot) if attached else 0,
         is_waiting=attached is not None and members.is_waiting_for_device(attached.slot),
         total=holdings.told[name].total if name in holdings.told else 0,
-        large_pages=large_pages.get(name, 0),
+        large_pages=min(large_pages.get(name, 0), used["weights"] + used["kv"]),  # some may have gone since
     )

@@ -59,7 +59,7 @@ log = get_logger("scaler")
 TURN_S = 0.01  # while something is to be brought about
 IDLE_TURN_S = 0.05
 # While nobody computes. A rank that is stopped then is seen to stand, and looked at more often from there.
-QUIET_TURN_S = 0.5
+QUIET_TURN_S = 0.45
 AFTER_FAILURE_S = 0.2
 BACKOFF_S = 0.1  # doubles with each exit of a seat in the window
 BACKOFF_S_MAX = 5.0

@@ -88,12 +88,12 @@ def private_bytes(maps: dict[str, dict[str, int]]) -> int:
 def check_large_pages(deployment: Deployment) -> None:
     """What is told to lie in large pages does, by the kernel's count of what the HMM has mapped."""
 
-    def told() -> list[int]:
-        return [device["large_pages"] for device in deployment.admin("/v1/devices")["devices"]]
-
-    if can_collapse():
-        wait_until(lambda: all(nbytes > 40 * MIB for nbytes in told()), "most of each device is in large pages")
-    large = sum(told())
+    wait_until(lambda: re.search(r"large pages\s.*bytes_refused=", deployment.log("hmm")), "all have been tried")
+    (refused,) = re.findall(r"large pages\s.*bytes_refused=(\d+)", deployment.log("hmm"))[-1:]
+    each = [device["large_pages"] for device in deployment.admin("/v1/devices")["devices"]]
+    large = sum(each)
+    if can_collapse() and refused == "0":
+        assert all(nbytes > 40 * MIB for nbytes in each), each
     by_kernel = sum(fields.get("ShmemPmdMapped", 0) for fields in smaps(deployment.pids["hmm"]).values())
     assert large <= by_kernel
     key = {"Authorization": f"Bearer {deployment.token}"}

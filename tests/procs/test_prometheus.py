@@ -42,18 +42,21 @@ def configured(folder: Path, deployment: Deployment) -> Path:
     return folder / "prometheus.yml"
 
 
-def keda_query(pods: str) -> str:
-    """The query of deploy/keda/, about deployments whose names `pods` matches."""
+def keda_query() -> str:
+    """The query of deploy/keda/."""
     (trigger,) = yaml.safe_load((ROOT / "deploy" / "keda" / "scaledobject.yaml").read_text())["spec"]["triggers"]
-    return replaced(trigger["metadata"]["query"], ("moe-elasticmoe-.+", pods))
+    return str(trigger["metadata"]["query"])
 
 
 def tells_the_share_in_use(ask: Callable[..., Any], deployment: Deployment) -> bool:
-    """Whether KEDA would be told what the scaler says: saturation, with each device in use."""
+    """Whether KEDA would be told what the scaler says: saturation, with each device in use. What it adds up is tested
+    below: here it is that the metrics are there, with labels that match."""
     headers = {"Authorization": f"Bearer {deployment.token}"}
     text = httpx.get(f"{deployment.admin_url}/metrics", headers=headers, trust_env=False).text
-    said = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("elasticmoe:saturation{")]
-    found = ask("query", query=keda_query("default"))
+    lines = [line for line in text.splitlines() if line.startswith("elasticmoe:saturation{") and '"itl"' not in line]
+    said = [float(line.split()[-1]) for line in lines]
+    query = replaced(keda_query(), ("moe-elasticmoe-[0-9]+", "default"), ('namespace="serving",', ""))
+    found = ask("query", query=query.replace('{namespace="serving"}', ""))
     if not said or not found or not found["result"]:
         return False
     return bool(abs(float(found["result"][0]["value"][1]) - max(said)) < 1e-9)
@@ -179,23 +182,31 @@ def test_alerts_are_about_one_deployment_and_wait_for_what_does_not_pass(tmp_pat
 
 
 def test_kedas_query_adds_up_what_all_hosts_use(tmp_path: Path) -> None:
-    """By promtool: half of four devices at 1.5 times the objective, and two of two devices at a fifth of it."""
+    """By promtool: half of four devices at 1.5 times the objective, two of two devices at a fifth of it, and a host that
+    is not scraped; beside them others of those names in another namespace, and of another release."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed: it comes with prometheus")
     series = []
-    for pod, num_ranks, num_devices, saturation in (
-        ("a", 2, 4, (1.5, 0.5)),
-        ("b", 2, 2, (0.1, 0.2)),
-        ("c", 1, 1, (9,)),
+    for namespace, pod, num_ranks, num_devices, saturation in (
+        ("serving", "moe-elasticmoe-0", 2, 4, (1.5, 0.5)),
+        ("serving", "moe-elasticmoe-1", 2, 2, (0.1, 0.2)),
+        ("serving", "moe-elasticmoe-2", 0, 0, ()),
+        ("staging", "moe-elasticmoe-0", 4, 4, (9.0, 9.0)),
+        ("serving", "moe-elasticmoe-b-0", 1, 1, (9.0,)),
     ):
-        of = f'deployment="moe-elasticmoe-{pod}"' if pod != "c" else 'deployment="another"'
-        kinds = [(f'saturation{{{of},component="{n}"}}', value) for n, value in enumerate(saturation)]
-        kinds += [(f'experts_per_rank{{{of},rank="r{n}t0"}}', 8) for n in range(num_ranks)]
-        kinds += [(f'device_bytes{{{of},device="host:{n}",state="budget"}}', 1) for n in range(num_devices)]
-        kinds += [(f'device_bytes{{{of},device="host:{n}",state="free"}}', 1) for n in range(num_devices)]
-        series += [{"series": f"elasticmoe:{name}", "values": f"{value}x4"} for name, value in kinds]
-    wanted = [{"labels": "{}", "value": 1.5 * 2 / 4 + 0.2}]
-    asked = {"expr": keda_query("moe-elasticmoe-.+"), "eval_time": "30s", "exp_samples": wanted}
+        of = f'namespace="{namespace}",deployment="{pod}"'
+        kinds = [(f'elasticmoe:saturation{{{of},component="{n}"}}', value) for n, value in enumerate(saturation)]
+        kinds += [(f'elasticmoe:saturation{{{of},component="itl"}}', 7.0)] * bool(saturation)
+        kinds += [(f'elasticmoe:experts_per_rank{{{of},rank="r{n}t0"}}', 8.0) for n in range(num_ranks)]
+        kinds += [
+            (f'elasticmoe:device_bytes{{{of},device="host:{n}",state="{state}"}}', 1.0)
+            for n in range(num_devices)
+            for state in ("budget", "free")
+        ]
+        kinds += [(f'up{{{of},job="{job}"}}', float(bool(num_ranks))) for job in ("router", "scaler")]
+        series += [{"series": name, "values": f"{value}x4"} for name, value in kinds]
+    wanted = [{"labels": "{}", "value": (1.5 * 2 / 4 + 0.2) / 2 * 3}]
+    asked = {"expr": keda_query(), "eval_time": "30s", "exp_samples": wanted}
     tests = [{"interval": "15s", "input_series": series, "promql_expr_test": [asked]}]
     (tmp_path / "cases.yml").write_text(json.dumps({"tests": tests}))
     ran = subprocess.run(

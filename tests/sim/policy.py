@@ -72,9 +72,8 @@ class Policies:
         self._begun: dict[str, Begun] = {}
         self._heard: dict[tuple[Scaler, str], float] = {}
         self._healed_at: float | None = None
-        self._num_kills = (
-            0  # of scalers, each after an operation of the policy has begun: the next one has to know of it
-        )
+        # Of scalers, each after an operation of the policy has begun: the next one has to know of it.
+        self._num_kills = 0
         if not self.acts:
             return
         least, most = rng.choice(((1, 2), (1, 3), (1, 4), (1, 4), (2, 4), (3, 4)))
@@ -261,8 +260,12 @@ class Policies:
         self._begun[operation.op_id] = begun
         if self._num_kills and not self._world.is_healed:
             self._num_kills -= 1
-            at = self._world.sim.now + self._rng.uniform(0.0, 3.0)
-            self._world.sim.push(at, scaler, scaler.life, scaler.crash, (self._rng.uniform(0.1, 1.0),))
+            at, down_s = self._world.sim.now + self._rng.uniform(0.0, 3.0), self._rng.uniform(0.1, 1.0)
+            self._world.sim.push(at, scaler, scaler.life, self._kill, (scaler, down_s))
+
+    def _kill(self, scaler: Scaler, down_s: float) -> None:
+        if not self._world.is_healed:
+            scaler.crash(down_s)
 
     # ---- the end
 

@@ -179,7 +179,7 @@ def test_backends_that_round_activations_nearly_agree(make: Callable[[torch.dtyp
 
 @pytest.mark.parametrize("name", ["triton", "torch_npu"])
 def test_a_backend_that_cannot_round_says_so(name: ComputeName) -> None:
-    with pytest.raises(ConfigError, match=f"--compute {name} computes with activations of float32"):
+    with pytest.raises(ConfigError, match=f"--compute {name} does not follow --activations bfloat16"):
         open_backend(name, options=ROUNDING)
 
 

@@ -77,9 +77,8 @@ def test_activations_that_are_not_rounded_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["up", "--model", "oracle", "--run-dir", str(tmp_path / "run")]
-    monkeypatch.setenv("ELASTICMOE_ACTIVATIONS", "bfloat16")
-    assert main([*words, "--devices", "cuda:0-1", "--compute", "triton"]) == 1
-    error = "no_compute: --compute triton computes with activations of float32: leave the setting `activations` at that"
+    assert main([*words, "--devices", "cuda:0-1", "--compute", "triton", "--activations", "bfloat16"]) == 1
+    error = "no_compute: --compute triton does not follow --activations bfloat16: leave it at float32"
     assert error in capsys.readouterr().err
     monkeypatch.setenv("ELASTICMOE_ACTIVATIONS", "half")
     assert main(words) == 1

@@ -30,6 +30,7 @@ def resolved(tmp_path: Path, **values: object) -> settings.Settings:
         ({"model": "/n"}, "--model was /m, and is /n now"),
         ({"dtype": "bfloat16"}, "--dtype was float32, and is bfloat16 now"),
         ({"compute": "torch"}, "--compute was host, and is torch now"),
+        ({"activations": "bfloat16"}, "--activations was float32, and is bfloat16 now"),
         ({"store_url": "redis://u:secret@h:1/0"}, "--store was the embedded one, and is redis://h:1/0 now"),
     ],
 )

@@ -211,12 +211,18 @@ def test_several_pods_are_as_many_deployments_or_as_many_as_an_autoscaler_wants(
 
 
 def test_the_example_for_keda_scales_the_charts_pods() -> None:
-    scaled = yaml.safe_load((chart.CHART.parents[1] / "keda" / "scaledobject.yaml").read_text())["spec"]
-    (made,) = [one for one in rendered(MODEL | {"hosts": None}, name="moe") if one["kind"] == "StatefulSet"]
-    target = scaled["scaleTargetRef"]
+    folder = chart.CHART.parents[1] / "keda"
+    scaled = yaml.safe_load((folder / "scaledobject.yaml").read_text())["spec"]
+    values = yaml.safe_load((folder / "values.yaml").read_text())
+    resources = {one["kind"]: one for one in rendered(MODEL | values, name="moe")}
+    made = resources["StatefulSet"]
     name = made["metadata"]["name"]
-    assert target == {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": name}
-    assert f'{{deployment=~"{name}-.+"}}' in scaled["triggers"][0]["metadata"]["query"]
+    assert scaled["scaleTargetRef"] == {"apiVersion": made["apiVersion"], "kind": made["kind"], "name": name}
+    assert "replicas" not in made["spec"]
+    assert [one["port"] for one in resources["ServiceMonitor"]["spec"]["endpoints"]] == ["http", "admin"]
+    assert f'deployment=~"{name}-[0-9]+"' in scaled["triggers"][0]["metadata"]["query"]
+    readme = (folder / "README.md").read_text()
+    assert f"helm install moe {chart.CHART.relative_to(chart.CHART.parents[2])} --namespace serving" in readme
 
 
 def test_a_collector_of_traces_may_be_reached() -> None:

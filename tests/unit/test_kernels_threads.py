@@ -13,7 +13,7 @@ from elasticmoe.common.config import PoolConfig
 from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.factory import BackendOptions, open_backend
 from elasticmoe.services.worker.rank import assembly
-from tests.unit.kernel_memory import BY_DTYPE, DTYPES, random
+from tests.unit.kernel_memory import DTYPES, random
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
@@ -24,14 +24,14 @@ def _one_thread_again() -> Iterator[None]:
     kernels.use_threads(1)
 
 
-def linear(x_NH: torch.Tensor, w_WH: torch.Tensor) -> torch.Tensor:
+def linear(x_NH: torch.Tensor, w_WH: torch.Tensor, code: int) -> torch.Tensor:
     (rows, depth), width = x_NH.shape, w_WH.shape[0]
     out = torch.full((rows, width), float("nan"))
-    kernels.linear(x_NH.data_ptr(), rows, w_WH.data_ptr(), DTYPES[w_WH.dtype], width, depth, out.data_ptr(), False, 0)
+    kernels.linear(x_NH.data_ptr(), rows, w_WH.data_ptr(), code, width, depth, out.data_ptr(), False, 0)
     return out
 
 
-def experts(rows_RH: torch.Tensor, counts: list[int], w13: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+def experts(rows_RH: torch.Tensor, counts: list[int], w13: torch.Tensor, w2: torch.Tensor, code: int) -> torch.Tensor:
     (hidden, width), each = w2.shape[1:], array("i", counts)
     out = rows_RH.clone()
     kernels.experts(
@@ -43,7 +43,7 @@ def experts(rows_RH: torch.Tensor, counts: list[int], w13: torch.Tensor, w2: tor
         w13.stride(0) * w13.element_size(),
         w2.data_ptr(),
         w2.stride(0) * w2.element_size(),
-        DTYPES[w13.dtype],
+        code,
         hidden,
         width,
         out.data_ptr(),
@@ -51,15 +51,19 @@ def experts(rows_RH: torch.Tensor, counts: list[int], w13: torch.Tensor, w2: tor
     return out
 
 
-@BY_DTYPE
-def test_products_and_experts_are_the_same_by_any_number_of_threads(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "code"),
+    [*DTYPES.items(), (torch.bfloat16, kernels.ROUNDED)],
+    ids=["float32", "bfloat16", "rounded"],
+)
+def test_products_and_experts_are_the_same_by_any_number_of_threads(dtype: torch.dtype, code: int) -> None:
     w_WH, x_NH = random(1000, 512, seed=1).to(dtype), random(60, 512)
     w13, w2 = random(6, 2 * 192, 512, seed=2).to(dtype), random(6, 512, 192, seed=3).to(dtype)
     loads = [[1, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 0], [10, 10, 10, 10, 10, 10], [0, 55, 0, 0, 5, 0]]
 
     def all_of_them() -> list[torch.Tensor]:
-        return [linear(x_NH[:rows], w_WH) for rows in (1, 5, 60)] + [
-            experts(x_NH[: sum(counts)], counts, w13, w2) for counts in loads
+        return [linear(x_NH[:rows], w_WH, code) for rows in (1, 5, 60)] + [
+            experts(x_NH[: sum(counts)], counts, w13, w2, code) for counts in loads
         ]
 
     alone = all_of_them()

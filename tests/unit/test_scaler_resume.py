@@ -66,6 +66,11 @@ def test_more_devices_and_an_older_store_without_a_name_contradict_nothing() -> 
         (LEFT, wanted(served=Served("/models/b", "float32")), "its model is /models/a, and model is /models/b now"),
         (LEFT, wanted(served=Served("/models/a", "bfloat16")), "its dtype is float32, and dtype is bfloat16 now"),
         (LEFT, wanted(served=Served("/models/a", "float32", "torch")), "its compute is host, and compute is torch now"),
+        (
+            LEFT,
+            wanted(served=Served("/models/a", "float32", "host", "bfloat16")),
+            "its activations are float32, and activations are bfloat16 now",
+        ),
         (LEFT, wanted(tp=2, replicas=1), "its tp is 1, and tp is 2 now"),
         (
             LEFT,

@@ -42,7 +42,8 @@ Dtype dtype_of(int64_t code) {
 
 // Of the weights of a product.
 Dtype product_dtype_of(int64_t code) {
-  return code == static_cast<int64_t>(Dtype::kRounded) ? Dtype::kRounded : dtype_of(code);
+  if (code < 0 || code > 2) invalid("dtype must be FLOAT32, BFLOAT16 or ROUNDED");
+  return static_cast<Dtype>(code);
 }
 
 // Address of `count` elements; null only if there are none.

@@ -73,6 +73,7 @@ class Links:
                 max_sequences=self._config.max_sequences,
                 max_model_len=min(self._config.max_model_len, self._spec.max_positions),
                 compute=self._config.compute_backend,
+                activations=self._config.activation_kind,
             )
         )
 

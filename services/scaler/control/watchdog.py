@@ -24,7 +24,7 @@ from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.observation import Step
 
 ALONE_FACTOR = 4.0
-STRIDE_S = 0.5  # a pause between two looks counts as no more: then the watcher itself did not run, or the machine
+STRIDE_S = 0.6  # a pause between two looks counts as no more: then the watcher itself did not run, or the machine
 MOVING_S = 1.0  # a rank that counted up within this time makes progress
 QUIET_PER_S = 25.0  # a rank without work counts up a few times a second, one that computes at every exchange
 

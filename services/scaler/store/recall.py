@@ -52,7 +52,7 @@ class Recall:
         self._store = store
         self._mark = config.fresh_mark
         self._wanted = Wanted(
-            Served(str(Path(config.model).absolute()), spec.dtype, config.compute_backend),
+            Served(str(Path(config.model).absolute()), spec.dtype, config.compute_backend, config.activation_kind),
             config.replicas,
             config.tp,
             config.device_count,

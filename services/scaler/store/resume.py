@@ -104,7 +104,8 @@ def differences(left: Left, layout: Layout | None, wanted: Wanted) -> list[str]:
     if left.served is not None:
         for name, ours in msgspec.structs.asdict(wanted.served).items():
             if (theirs := getattr(left.served, name)) != ours:
-                found.append(f"its {name} is {theirs}, and {name} is {ours} now")
+                verb = "are" if name == "activations" else "is"
+                found.append(f"its {name} {verb} {theirs}, and {name} {verb} {ours} now")
     if layout.tp != wanted.tp:
         found.append(f"its tp is {layout.tp}, and tp is {wanted.tp} now")
     if not found and tuple(len(homes) for homes in layout.homes) != wanted.experts:

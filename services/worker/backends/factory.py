@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from elasticmoe.common.layout import Compute, check_rounding
+from elasticmoe.common.layout import Compute, check_activations
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.worker.backends.accelerator.backend import AcceleratorBackend
 from elasticmoe.services.worker.backends.accelerator.graphs import TorchRecorder
@@ -59,6 +59,5 @@ def open_backend(
     """A backend for one rank. `device`: where its memory's tensors are, as the rank's Device says; which backends
     compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. Raises ConfigError
     no_compute where a package, or an operator of one, is missing that it needs, or where it cannot round and is to."""
-    if options.rounds:
-        check_rounding(name)
+    check_activations(name, "bfloat16" if options.rounds else "float32")
     return BACKENDS[name](tell_waiting, device, options)
