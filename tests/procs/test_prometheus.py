@@ -182,8 +182,8 @@ def test_alerts_are_about_one_deployment_and_wait_for_what_does_not_pass(tmp_pat
 
 
 def test_kedas_query_adds_up_what_all_hosts_use(tmp_path: Path) -> None:
-    """By promtool: half of four devices at 1.5 times the objective, two of two devices at a fifth of it, and a host that
-    is not scraped; beside them others of those names in another namespace, and of another release."""
+    """By promtool: half of four devices at 1.5 times the objective, two of two devices at a fifth of it, and one
+    host not scraped; beside them others of those names in another namespace, and of another release."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed: it comes with prometheus")
     series = []
