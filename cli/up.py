@@ -71,11 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *get_args(Compute)),
         help=f"what computes the steps (default {default['compute']})",
     )
-    add(
-        "--activations",
-        choices=get_args(Activations),
-        help=f"what bfloat16 weights are multiplied by (default {default['activations']})",
-    )
+    activations = f"what bfloat16 weights are multiplied by (default {default['activations']})"
+    add("--activations", choices=get_args(Activations), help=activations)
     add(
         "--exchange",
         choices=("auto", *get_args(ExchangeKind)),

@@ -174,7 +174,7 @@ MUTATIONS: dict[str, Mutation] = {
         recommend, "_answered", lambda _, state: state, ("after the last request",), is_of_policy=True
     ),
     "KV is copied as often as that is asked for": Mutation(
-        BlockCopies, "_is_joined", lambda *_: False, ("tokens", "has other KV"), tp=2, first=830
+        BlockCopies, "_is_joined", lambda *_: False, ("tokens", "has other KV"), tp=2, first=700
     ),
     "a follower unmaps blocks that its leader gives out": Mutation(
         Follower, "_resize_kv", _unmap, ("has not mapped", " is to move; "), tp=2, first=1900

@@ -19,7 +19,7 @@ from tests.sim.world import simulated
 from tests.unit.transitions import UP, World, answered, host_of
 
 BATCH, NUM_BATCHES, NUM_BATCHES_OF_TWO = 50, 21, 4
-MUTATION_SEEDS_MAX = 800
+MUTATION_SEEDS_MAX = 2_000
 
 
 @pytest.fixture(autouse=True)
