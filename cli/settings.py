@@ -177,6 +177,9 @@ def resolve(values: Mapping[str, Any], *, is_roomy: bool = False) -> Settings:
     flags = {name: _FLAGS.get(name, "--" + name.replace("_", "-")) for name in values}
     scaler = config.load(config.ScalerConfig, values, flags)
     router = config.load(config.RouterConfig, values, flags)
+    config.load(
+        config.PoolConfig, values, flags
+    )  # the pool reads it itself; what is wrong is told before anything starts
     return Settings(scaler, router, config.load(config.HmmConfig, values, flags), dict(values), is_roomy)
 
 

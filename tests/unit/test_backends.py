@@ -23,7 +23,7 @@ from tests.hardware.mirrored import MADE, MirroredBackend
 from tests.unit.backends import ON_CPU, draw
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
-ROUNDING = BackendOptions(rounds=True)
+ROUNDING = BackendOptions(activations="bfloat16")
 BY_DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 Compute = Callable[[ComputeBackend, torch.Tensor], torch.Tensor]
 

@@ -85,6 +85,16 @@ def test_activations_that_are_not_rounded_there(
     assert "ELASTICMOE_ACTIVATIONS" in capsys.readouterr().err
 
 
+def test_a_wrong_setting_of_the_pool_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ELASTICMOE_THREADS_MAX", "abc")
+    assert main(["up", "--model", "oracle", "--run-dir", str(tmp_path / "run")]) == 1
+    error = 'bad_config: ELASTICMOE_THREADS_MAX: has to be a whole number; it is "abc"'
+    assert capsys.readouterr().err == f"elasticmoe: {error}\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_setting_that_names_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "or numbers of accelerators such as npu:0-7" in told(tmp_path, capsys, "npu:x")
 

@@ -63,15 +63,15 @@ def test_more_devices_and_an_older_store_without_a_name_contradict_nothing() -> 
 @pytest.mark.parametrize(
     ("found", "now", "text"),
     [
-        (LEFT, wanted(served=Served("/models/b", "float32")), "its model is /models/a, and model is /models/b now"),
-        (LEFT, wanted(served=Served("/models/a", "bfloat16")), "its dtype is float32, and dtype is bfloat16 now"),
-        (LEFT, wanted(served=Served("/models/a", "float32", "torch")), "its compute is host, and compute is torch now"),
+        (LEFT, wanted(served=Served("/models/b", "float32")), "`model` was /models/a, and is /models/b now"),
+        (LEFT, wanted(served=Served("/models/a", "bfloat16")), "`dtype` was float32, and is bfloat16 now"),
+        (LEFT, wanted(served=Served("/models/a", "float32", "torch")), "`compute` was host, and is torch now"),
         (
             LEFT,
             wanted(served=Served("/models/a", "float32", "host", "bfloat16")),
-            "its activations are float32, and activations are bfloat16 now",
+            "`activations` was float32, and is bfloat16 now",
         ),
-        (LEFT, wanted(tp=2, replicas=1), "its tp is 1, and tp is 2 now"),
+        (LEFT, wanted(tp=2, replicas=1), "`tp` was 1, and is 2 now"),
         (
             LEFT,
             wanted(devices=DeviceCount("host", 2)),

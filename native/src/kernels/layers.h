@@ -23,15 +23,21 @@ void linear_as(const Linear& a) {
              a.add || a.bias != nullptr);
 }
 
-inline void linear(const Linear& a) {
-  switch (a.dtype) {
+// `product` for the way in which weights of that dtype are multiplied.
+template <typename Product>
+inline void by_dtype(Dtype dtype, Product product) {
+  switch (dtype) {
     case Dtype::kFloat32:
-      return linear_as<Float32>(a);
+      return product.template operator()<Float32>();
     case Dtype::kBfloat16:
-      return linear_as<Bfloat16>(a);
+      return product.template operator()<Bfloat16>();
     case Dtype::kRounded:
-      return linear_as<Rounded>(a);
+      return product.template operator()<Rounded>();
   }
+}
+
+inline void linear(const Linear& a) {
+  by_dtype(a.dtype, [&]<typename T>() { linear_as<T>(a); });
 }
 
 // 1 / sqrt(mean of squares + eps)
@@ -125,14 +131,7 @@ void experts_as(const Experts& a) {
 }
 
 inline void experts(const Experts& a) {
-  switch (a.dtype) {
-    case Dtype::kFloat32:
-      return experts_as<Float32>(a);
-    case Dtype::kBfloat16:
-      return experts_as<Bfloat16>(a);
-    case Dtype::kRounded:
-      return experts_as<Rounded>(a);
-  }
+  by_dtype(a.dtype, [&]<typename T>() { experts_as<T>(a); });
 }
 
 inline void exponentials(const float* x, int64_t count, float peak, float factor, float* out) {

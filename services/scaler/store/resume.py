@@ -104,10 +104,9 @@ def differences(left: Left, layout: Layout | None, wanted: Wanted) -> list[str]:
     if left.served is not None:
         for name, ours in msgspec.structs.asdict(wanted.served).items():
             if (theirs := getattr(left.served, name)) != ours:
-                verb = "are" if name == "activations" else "is"
-                found.append(f"its {name} {verb} {theirs}, and {name} {verb} {ours} now")
+                found.append(f"`{name}` was {theirs}, and is {ours} now")
     if layout.tp != wanted.tp:
-        found.append(f"its tp is {layout.tp}, and tp is {wanted.tp} now")
+        found.append(f"`tp` was {layout.tp}, and is {wanted.tp} now")
     if not found and tuple(len(homes) for homes in layout.homes) != wanted.experts:
         found.append("its layers and experts are not those of the model")
     if text := lacking(layout, wanted.devices):

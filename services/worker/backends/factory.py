@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from elasticmoe.common.layout import Compute, check_activations
+from elasticmoe.common.layout import Activations, Compute, check_activations
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.worker.backends.accelerator.backend import AcceleratorBackend
 from elasticmoe.services.worker.backends.accelerator.graphs import TorchRecorder
@@ -32,12 +32,17 @@ def _open_triton(tell_waiting: TellWaiting, device: torch.device, graphs: bool) 
 
 class BackendOptions(NamedTuple):
     """`graphs`: steps may be captured, where that can be done. `threads`: that compute in this process, where the
-    backend can have several; what cannot be started is done without. `rounds`: what is multiplied by bfloat16 weights
-    is rounded to bfloat16, too."""
+    backend can have several; what cannot be started is done without. `activations`: what bfloat16 weights are
+    multiplied by."""
 
     graphs: bool = True
     threads: int = 1
-    rounds: bool = False
+    activations: Activations = "float32"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether they are rounded."""
+        return self.activations == "bfloat16"
 
 
 BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device, BackendOptions], ComputeBackend]] = {
@@ -59,5 +64,5 @@ def open_backend(
     """A backend for one rank. `device`: where its memory's tensors are, as the rank's Device says; which backends
     compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. Raises ConfigError
     no_compute where a package, or an operator of one, is missing that it needs, or where it cannot round and is to."""
-    check_activations(name, "bfloat16" if options.rounds else "float32")
+    check_activations(name, options.activations)
     return BACKENDS[name](tell_waiting, device, options)

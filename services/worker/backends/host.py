@@ -101,6 +101,11 @@ class HostBackend(ComputeBackend):
         """The code of a product with weights of `code`."""
         return kernels.ROUNDED if self._rounds and code == kernels.BFLOAT16 else code
 
+    def _pair(self, w13: torch.Tensor, w2: torch.Tensor, width: int, hidden: int) -> tuple[int, int, int]:
+        """Addresses of an expert's weights, and the code of products with them."""
+        w13_addr, w2_addr, code = stored_pair(w13, (2 * width, hidden), w2, (hidden, width))
+        return w13_addr, w2_addr, self._product(code)
+
     # ---- a decoder's
 
     def embed(
@@ -287,8 +292,7 @@ class HostBackend(ComputeBackend):
         """See ComputeBackend."""
         width, num_experts = moe.expert_width, moe.num_experts
         w13_stride, w2_stride = (slot_stride(tensor_E, num_experts) for tensor_E in (w13_E, w2_E))
-        w13, w2, code = stored_pair(w13_E[0], (2 * width, hidden), w2_E[0], (hidden, width))
-        code = self._product(code)
+        w13, w2, code = self._pair(w13_E[0], w2_E[0], width, hidden)
 
         def run(rows_RH: torch.Tensor, counts_E: torch.Tensor, num_rows: int) -> None:
             rows, counts = rows_RH.data_ptr(), counts_E.data_ptr()
@@ -304,8 +308,7 @@ class HostBackend(ComputeBackend):
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
         x, out = activations(x_NH, hidden), activations(out_NH, hidden)
-        w13_addr, w2_addr, code = stored_pair(w13, (2 * width, hidden), w2, (hidden, width))
-        code = self._product(code)
+        w13_addr, w2_addr, code = self._pair(w13, w2, width, hidden)
         counts = array("i", [0])
         counts_addr = counts.buffer_info()[0]
 
@@ -327,8 +330,7 @@ class HostBackend(ComputeBackend):
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
         x, out, gate = activations(x_NH, hidden), activations(out_NH, hidden), float32(gate_1H, 1, hidden)
-        w13_addr, w2_addr, code = stored_pair(w13, (2 * width, hidden), w2, (hidden, width))
-        code = self._product(code)
+        w13_addr, w2_addr, code = self._pair(w13, w2, width, hidden)
 
         def run(n: int) -> None:
             kernels.shared_experts(x, n, w13_addr, w2_addr, code, hidden, width, gate, out)

@@ -59,7 +59,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         seat.compute,
         barrier.tell_waiting,
         torch_device,
-        BackendOptions(config.captured_graphs, _threads(config, cores), seat.activations == "bfloat16"),
+        BackendOptions(config.captured_graphs, _threads(config, cores), seat.activations),
     )
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
     board = ReplicaBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
