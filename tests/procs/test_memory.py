@@ -88,9 +88,16 @@ def private_bytes(maps: dict[str, dict[str, int]]) -> int:
 def check_large_pages(deployment: Deployment) -> None:
     """What is told to lie in large pages does, by the kernel's count of what the HMM has mapped."""
 
-    wait_until(lambda: re.search(r"large pages\s.*bytes_refused=", deployment.log("hmm")), "all have been tried")
-    (refused,) = re.findall(r"large pages\s.*bytes_refused=(\d+)", deployment.log("hmm"))[-1:]
-    each = [device["large_pages"] for device in deployment.admin("/v1/devices")["devices"]]
+    lines = r"large pages\s.*\bbytes=(\d+) bytes_refused=(\d+)"
+
+    def told() -> list[int]:
+        return [device["large_pages"] for device in deployment.admin("/v1/devices")["devices"]]
+
+    wait_until(lambda: re.search(lines, deployment.log("hmm")), "all have been tried")
+    made, refused = re.findall(lines, deployment.log("hmm"))[-1]
+    # The scaler tells what it last heard: it asks the HMM again within a second.
+    wait_until(lambda: sum(told()) == int(made), f"the scaler tells {made} bytes")
+    each = told()
     large = sum(each)
     if can_collapse() and refused == "0":
         assert all(nbytes > 40 * MIB for nbytes in each), each
