@@ -29,7 +29,7 @@ PACKET_BYTES_MAX = 1 << 16
 _BUDGET = 8 << 30
 _COPY_BYTES_MAX, _COPY_BYTES_MIN = 256 << 20, 4 << 20
 _COPIES = 20
-Answer = tuple[Any, int | None]  # a value, and a descriptor to go with it
+Answered = tuple[Any, int | None]  # a value, and a descriptor to go with it
 
 
 class Tester:
@@ -45,7 +45,7 @@ class Tester:
         assert self._opened is not None, "`open` was the first order"
         return self._opened
 
-    def open(self) -> Answer:
+    def open(self) -> Answered:
         """The granularity, and what the driver says of itself and of the device's memory; -1 for bytes of which it
         says nothing."""
         count = DeviceCount.of(self._kind, [DeviceId.parse(self._name).index])
@@ -61,19 +61,19 @@ class Tester:
             told = None
         return told or (-1, -1)
 
-    def memory(self, names: list[str]) -> Answer:
+    def memory(self, names: list[str]) -> Answered:
         """Free bytes and all bytes of each of these devices, by its name."""
         return memory_of(names), None
 
-    def number(self) -> Answer:
+    def number(self) -> Answered:
         """By what an owner admits this process."""
         return importer_number(self._name), None
 
-    def free(self) -> Answer:
+    def free(self) -> Answered:
         """Bytes of the device that nobody has; -1: the driver does not say."""
         return self._memory()[0], None
 
-    def calls(self, num: int) -> Answer:
+    def calls(self, num: int) -> Answered:
         """Median microseconds of what an owner does with one handle of the least size."""
         device, took = self._device, _Stopwatch()
         range_ = device.reserve(device.granularity)
@@ -86,7 +86,7 @@ class Tester:
         device.unreserve(range_)
         return took.medians(), None
 
-    def copies(self) -> Answer:
+    def copies(self) -> Answered:
         """Bytes per second of copies within the device, as large as there is room for."""
         device, nbytes = self._device, _COPY_BYTES_MAX
         while True:
@@ -116,7 +116,7 @@ class Tester:
             _end(device, handle)
         return {"copy_bytes": nbytes, "copy_bytes_per_s": _COPIES * nbytes / seconds}, None
 
-    def make(self, texts: list[str]) -> Answer:
+    def make(self, texts: list[str]) -> Answered:
         """A handle for each text, which is at its beginning; mapped."""
         device = self._device
         for text in texts:
@@ -125,19 +125,19 @@ class Tester:
             device.write_bytes(self._held[-1][1].base, text.encode())
         return None, None
 
-    def admit(self, numbers: list[int]) -> Answer:
+    def admit(self, numbers: list[int]) -> Answered:
         """Let processes import what is exported."""
         self._device.admit(numbers)
         return None, None
 
-    def export(self, at: int) -> Answer:
+    def export(self, at: int) -> Answered:
         """What another process imports the handle number `at` by."""
         token = self._device.export(self._held[at][0])
         if isinstance(token, KeyToken):
             return {"key": token.key, "nbytes": token.nbytes}, None
         return {"key": token.key, "nbytes": token.nbytes, "offset": token.offset}, token.fd
 
-    def take(self, token: dict[str, int], fd: int | None = None) -> Answer:
+    def take(self, token: dict[str, int], fd: int | None = None) -> Answered:
         """Import a handle and map it: microseconds of both."""
         device, took = self._device, _Stopwatch()
         named: Token = KeyToken(token["key"], token["nbytes"])
@@ -147,18 +147,18 @@ class Tester:
         took("map_us", partial(self._hold, handle))
         return took.medians(), None
 
-    def read(self, at: int, nbytes: int) -> Answer:
+    def read(self, at: int, nbytes: int) -> Answered:
         """What is at the beginning of the handle number `at`."""
         found = self._device.read_bytes(self._held[at][1].base, nbytes)
         return found.decode("latin-1"), None
 
-    def write(self, at: int, text: str) -> Answer:
+    def write(self, at: int, text: str) -> Answered:
         """Put a text there."""
         self._device.write_bytes(self._held[at][1].base, text.encode())
         self._device.fence()
         return None, None
 
-    def graph(self) -> Answer:
+    def graph(self) -> Answered:
         """Replays of a captured graph before and after its weights' address was mapped anew; or why there were none."""
         import torch
 

@@ -5,8 +5,8 @@ Membership has one writer, the HMM, except that members may make its staged publ
 has one writer, its rank. A process may be killed at any instruction: nothing it leaves behind blocks the others beyond the
 next membership generation.
 
-**Lockstep.** Members of a running generation make the same blocking calls (``barrier``, ``step``, ``dispatch``,
-``combine``) in the same order. Each of them meets at one barrier (``step``, ``dispatch``, ``combine``: exactly one each).
+**Lockstep.** Members of a running generation make the same blocking calls (``step``, ``dispatch``, ``combine``)
+in the same order. Each of them meets at exactly one barrier.
 
 **Replicas.** Ranks of one replica (``set_replica``) meet apart from the others, too: ``reduce`` and ``gather`` are theirs
 alone, in the same order on each of them, any number of them between two meetings of all. They begin, end and are aborted with
@@ -156,9 +156,6 @@ class Bus:
         """Give the own slot back (incarnation 0), unless another incarnation has taken it. Not a member afterwards by itself:
         the HMM publishes membership."""
 
-    def incarnation(self, slot: int) -> int:
-        """Who holds a slot; 0 = nobody."""
-
     def bump_progress(self) -> None:
         """Count up the progress counter of the own slot: the rank's work loop is alive."""
 
@@ -187,22 +184,17 @@ class Bus:
         """What the rank of a slot has said so last; 0 before it has."""
 
     # Meeting. `deadline_ms` is from now, ≥ 0; the own slot must be joined and a member (ValueError).
-    def barrier(self, generation: int, deadline_ms: float) -> None:
-        """Block until every member has arrived as often as this rank in this generation.
-
-        ``BusAborted`` as soon as another generation is current or this one is not running; ``BusTimeout`` at the deadline.
-        """
-
     def step(self, generation: int, num_tokens: int, flags: int, deadline_ms: float) -> list[tuple[int, int, int]]:
         """Publish ``num_tokens`` and ``flags`` (u32 both), meet, and return ``(slot, num_tokens, flags)`` of every member by slot.
 
-        Repeated after ``BusTimeout`` it goes on waiting, and what was published first stands. Raises as ``barrier`` does.
+        Repeated after ``BusTimeout`` it goes on waiting, and what was published first stands. ``BusAborted`` as soon
+        as another generation is current or this one is not running; ``BusTimeout`` at the deadline.
         """
 
     def idle_wait(self, generation: int, deadline_ms: float) -> bool:
         """Sleep without arriving, until a peer waits at the next barrier: True.
 
-        False at the deadline. ``BusAborted`` as in ``barrier``. An idle rank waits here rather than stepping with no tokens.
+        False at the deadline. ``BusAborted`` as in ``step``. An idle rank waits here rather than stepping with no tokens.
         """
 
     # Token exchange of one MoE layer: dispatch, experts, combine.
@@ -227,7 +219,7 @@ class Bus:
         ``top_k × sum of all members' n`` rows. ``x``, ``ids`` and ``w`` need not outlive the call.
 
         ``ValueError`` for an id out of range or without a home among the members (before arriving), or if ``rows_cap`` is
-        too small (after arriving: the step is lost). Raises as ``barrier`` does.
+        too small (after arriving: the step is lost). Raises as ``step`` does.
         """
 
     def combine(
@@ -237,7 +229,7 @@ class Bus:
 
         In: ``y`` float32 [rows, hidden], in the row order of the last ``dispatch``; the same ``routing`` and ``n``. Out:
         ``out`` float32 [n, hidden]. The sum runs over j in ascending order whoever owns the experts, so the result does
-        not depend on the layout. A token without experts gets zeros. Raises as ``barrier`` does.
+        not depend on the layout. A token without experts gets zeros. Raises as ``step`` does.
         """
 
     # The same exchange where rows travel elsewhere: between the memories of devices.
@@ -275,7 +267,7 @@ class Bus:
         """Cores that the members of this host share: those of the machine until it is said. With fewer cores than members
         nobody spins while it waits. Any thread. ``ValueError`` below 1."""
 
-    # Between the ranks of one replica. `deadline_ms` and what is raised: as of `barrier`.
+    # Between the ranks of one replica. `deadline_ms` and what is raised: as of `step`.
     def set_replica(self, slots: Sequence[int]) -> None:
         """The slots of the own replica's ranks, in their order (by tp index), the own one among them. Between two
         collectives only; the same on all of them. ``ValueError`` for a slot that is there twice or out of range."""

@@ -78,12 +78,6 @@ def copy(dst_addr: int, src_addr: int, nbytes: int) -> None:
 def checksum(addr: int, nbytes: int) -> int:
     """XXH64 of memory with seed 0: 64 bits, not cryptographic."""
 
-def resident_bytes(addr: int, nbytes: int) -> int:
-    """Bytes of a mapped part whose pages are in memory and filled (``mincore``): allocated but never touched ones do not count.
-
-    ``OSError`` with ``ENOMEM`` where it is not mapped.
-    """
-
 def read_into(fd: int, file_offset: int, addr: int, nbytes: int) -> None:
     """Read exactly ``nbytes`` of a file from ``file_offset`` to memory, without moving the file's position. Blocks.
 

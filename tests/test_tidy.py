@@ -395,14 +395,28 @@ def service_of(file: str) -> str:
     return f"services/{parts[1]}/" if parts[0] == "services" and len(parts) > 2 else "services/"
 
 
-def test_a_class_name_means_one_thing() -> None:
-    """Answers' documents (api/views.py, api/told.py) may share names with what they tell of: theirs are OpenAPI's."""
+def alias_of(node: ast.stmt) -> str | None:
+    """The name that a statement of a module gives a type: `Name = A | B`, or a subscript such as `Callable[...]`; but
+    not to the bounds of a field, `Annotated[...]`, which are the module's own."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.BinOp | ast.Subscript):
+        return None
+    if isinstance(node.value, ast.Subscript) and ast.unparse(node.value.value) == "Annotated":
+        return None
+    (target, *_) = node.targets
+    is_type = isinstance(target, ast.Name) and re.fullmatch("[A-Z]+[a-z][A-Za-z]*", target.id)
+    return target.id if is_type else None
+
+
+def test_a_name_of_a_type_means_one_thing() -> None:
+    """Classes and aliases. Answers' documents (api/views.py, api/told.py) may share names with what they tell of:
+    theirs are OpenAPI's."""
     places: dict[str, list[str]] = {}
     for path in CODE:
         if name(path).startswith(ROOMS) and path.suffix == ".py" and path.name not in ("views.py", "told.py"):
             for node in tree(path).body:
-                if isinstance(node, ast.ClassDef):
-                    places.setdefault(node.name, []).append(name(path))
+                named = node.name if isinstance(node, ast.ClassDef) else alias_of(node)
+                if named is not None:
+                    places.setdefault(named, []).append(name(path))
     assert len(places) > 300
     assert {what: where for what, where in places.items() if len(where) > 1} == {}
 

@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import httpx
 
-from elasticmoe.cli.bench.accel_answers import Answer, answers_of, difference
+from elasticmoe.cli.bench.accel_answers import GreedyAnswer, answers_of, difference
 from elasticmoe.cli.bench.deployment import COMMAND, first_of, running
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.doctor_facts import facts
@@ -133,7 +133,7 @@ class _Accelerators:
         self._settings: dict[str, Any] = {"device_bytes": args.device_memory}
         if args.compute:
             self._settings["compute"] = args.compute
-        self._answers: list[Answer] = []
+        self._answers: list[GreedyAnswer] = []
 
     def installed(self) -> list[Finding]:
         """Versions, nodes and limits."""

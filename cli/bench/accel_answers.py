@@ -15,14 +15,14 @@ _TOKEN_MAX = 200  # ids that every vocabulary has
 _TIMEOUT_S = 120.0
 
 
-class Answer(NamedTuple):
+class GreedyAnswer(NamedTuple):
     """Token by token: the ids as text, and their logprobs."""
 
     tokens: tuple[str, ...]
     logprobs: tuple[float, ...]
 
 
-def answers_of(url: str) -> list[Answer]:
+def answers_of(url: str) -> list[GreedyAnswer]:
     """To the same prompts each time, one after another, and greedy. Raises ValueError for an answer that is none."""
     draw = random.Random(16)
     with http_client(url, timeout=_TIMEOUT_S) as client:
@@ -36,11 +36,11 @@ def answers_of(url: str) -> list[Answer]:
             if answer.status_code != 200:
                 raise ValueError(f"an answer of status {answer.status_code}: {answer.text[:200]}")
             told: dict[str, Any] = answer.json()["choices"][0]["logprobs"]
-            found.append(Answer(tuple(told["tokens"]), tuple(told["token_logprobs"])))
+            found.append(GreedyAnswer(tuple(told["tokens"]), tuple(told["token_logprobs"])))
     return found
 
 
-def difference(ours: Sequence[Answer], theirs: Sequence[Answer]) -> tuple[float, int]:
+def difference(ours: Sequence[GreedyAnswer], theirs: Sequence[GreedyAnswer]) -> tuple[float, int]:
     """The largest difference of logprobs, and how many answers have the same tokens. An answer counts up to where its
     tokens differ: there two were about as likely, so their logprobs agree too; what follows is another text."""
     most, num_equal = 0.0, 0

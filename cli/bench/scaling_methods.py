@@ -316,18 +316,18 @@ def counters(text: str, part: str) -> int:
     return int(total)
 
 
-class Kind(msgspec.Struct, frozen=True):
+class MethodKind(msgspec.Struct, frozen=True):
     """A method by name: how it acts, and settings of its own."""
 
     make: Callable[[Scene, Load], Method]
     settings: dict[str, Any] = {}
 
 
-KINDS: dict[str, Kind] = {
-    "elastic": Kind(Elastic),
-    "no-standby": Kind(Elastic, {"standbys": 0}),
-    "cold-restart": Kind(ColdRestart),
-    "horizontal": Kind(Horizontal),
-    "extravagant": Kind(Extravagant),
-    "colocated": Kind(Colocated),
+KINDS: dict[str, MethodKind] = {
+    "elastic": MethodKind(Elastic),
+    "no-standby": MethodKind(Elastic, {"standbys": 0}),
+    "cold-restart": MethodKind(ColdRestart),
+    "horizontal": MethodKind(Horizontal),
+    "extravagant": MethodKind(Extravagant),
+    "colocated": MethodKind(Colocated),
 }

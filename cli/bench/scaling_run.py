@@ -23,7 +23,7 @@ from elasticmoe.cli.bench.scaling_figures import (
 )
 from elasticmoe.cli.bench.scaling_history import first_token
 from elasticmoe.cli.bench.scaling_memory import MemorySampler
-from elasticmoe.cli.bench.scaling_methods import Kind, Outcome, Scene
+from elasticmoe.cli.bench.scaling_methods import MethodKind, Outcome, Scene
 from elasticmoe.cli.load.client import Load, Target
 from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.load.sample import Sample
@@ -64,7 +64,7 @@ class Run(msgspec.Struct, frozen=True):
     operations: tuple[Any, ...]
 
 
-async def run_once(recipe: Recipe, kind: Kind, seed: int) -> Run:
+async def run_once(recipe: Recipe, kind: MethodKind, seed: int) -> Run:
     """Run one method; everything it started is gone afterwards. Raises ValueError with the reason when it failed."""
     scene = make_scene(recipe, kind.settings)
     sampler = MemorySampler(scene.deployments)

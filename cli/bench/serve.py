@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row["failed"] for row in rows) else 0
 
 
-class Kind(NamedTuple):
+class Workload(NamedTuple):
     """What is measured of one deployment."""
 
     concurrency: int
@@ -114,9 +114,9 @@ class Kind(NamedTuple):
         return TRACEPARENT if self.is_traced else ""
 
 
-def _kinds(args: argparse.Namespace) -> list[Kind]:
+def _kinds(args: argparse.Namespace) -> list[Workload]:
     forms, traces = [False, True][: 1 + args.structured], [False, True][: 1 + args.traces]
-    return [Kind(*of) for of in itertools.product(args.concurrency, forms, traces)]
+    return [Workload(*of) for of in itertools.product(args.concurrency, forms, traces)]
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def _tracing(is_on: bool) -> Iterator[dict[str, Any]]:
 
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     kinds, devices = _kinds(args), first_of(args.devices, replicas)
-    results: dict[Kind, list[tuple[Figures, Shares]]] = {kind: [] for kind in kinds}
+    results: dict[Workload, list[tuple[Figures, Shares]]] = {kind: [] for kind in kinds}
     with _tracing(args.traces) as settings, running(model, replicas, devices=devices, **settings) as deployment:
         with http_client(deployment.url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
@@ -165,7 +165,7 @@ def _shares(run_dir: Path, replicas: int) -> Shares:
 
 
 def _summary(
-    model: str, replicas: int, rounds: list[tuple[Figures, Shares]], kind: Kind
+    model: str, replicas: int, rounds: list[tuple[Figures, Shares]], kind: Workload
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)

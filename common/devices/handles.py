@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Final
 
 from elasticmoe.common.devices.extents import FreeList
-from elasticmoe.common.devices.rules import PROCESS, SPACES, FdToken, Handle, ProcessRules, Range, Space, State, Token
+from elasticmoe.common.devices.rules import PROCESS, SPACES, FdToken, Handle, ProcessRules, Range, Space, Token
 from elasticmoe.common.devices.torch_devices import check_torch, prepare_torch
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
 from elasticmoe.common.wording import size
@@ -114,14 +114,14 @@ class Handles(ABC):
         Raises DoesNotFit with the figures beyond the budget or where the machine's memory is short; nothing changed
         then. DeviceError not_granular.
         """
-        return self._make(nbytes, space, at, "settled", self._create)
+        return self._make(nbytes, space, at, self._create, is_settled=True)
 
     def claim(self, nbytes: int, space: Space, at: int = 0) -> Handle:
         """`create` without its memory, which `populate` or `write` makes in pieces of the caller's choice; `settle`
         says that all is there. Raises DoesNotFit beyond the budget, DeviceError not_granular."""
-        return self._make(nbytes, space, at, "claimed", self._claim)
+        return self._make(nbytes, space, at, self._claim, is_settled=False)
 
-    def _make(self, nbytes: int, space: Space, at: int, state: State, make: _Make) -> Handle:
+    def _make(self, nbytes: int, space: Space, at: int, make: _Make, *, is_settled: bool) -> Handle:
         self._check_open()
         self._check_size(nbytes)
         if nbytes > self.free:
@@ -135,7 +135,7 @@ class Handles(ABC):
         except BaseException:
             self._places[space].release(place, nbytes)
             raise
-        handle = Handle(self.name, nbytes, "local", space, True, backing, place=place, key=key, state=state)
+        handle = Handle(self.name, nbytes, "local", space, True, backing, place=place, key=key, is_settled=is_settled)
         return self._own(handle, space)
 
     def _place(self, nbytes: int, space: Space, at: int) -> int | None:

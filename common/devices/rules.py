@@ -12,8 +12,8 @@ from elasticmoe.common.protocol.errors import DeviceError
 
 Space = Literal["weights", "kv", "mailbox"]
 SPACES: Final[tuple[Space, ...]] = ("weights", "kv", "mailbox")
-Origin = Literal["local", "restored", "imported"]
-State = Literal["claimed", "settled", "retired"]
+HandleOrigin = Literal["local", "restored", "imported"]
+HandleState = Literal["claimed", "settled", "retired"]
 
 
 class FdToken(NamedTuple):
@@ -65,25 +65,25 @@ class Handle:
         self,
         device: str,
         nbytes: int,
-        origin: Origin,
+        origin: HandleOrigin,
         space: Space | None,
         writable: bool,
         backing: Any,
         *,
         place: int = -1,
         key: int = 0,
-        state: State = "settled",
+        is_settled: bool = True,
     ) -> None:
         self.device = device
         self.nbytes = nbytes
-        self.origin: Origin = origin
+        self.origin: HandleOrigin = origin
         self.space: Space | None = space  # None for imported handles: the importer does not know
         self.writable = writable
         self.backing = backing
         self.place = place
         self.key = key
-        self.state: State = state
-        self.num_filled = nbytes if state == "settled" and space is not None else 0
+        self.state: HandleState = "settled" if is_settled else "claimed"
+        self.num_filled = nbytes if is_settled and space is not None else 0
         self.num_mappings = 0
         self.is_live = True
 
@@ -106,7 +106,7 @@ class Range:
         self.base = base
         self.nbytes = nbytes
         self.backing = backing
-        self.origin: Origin | None = None  # of the handles that are mapped in it; None while there are none
+        self.origin: HandleOrigin | None = None  # of the handles that are mapped in it; None while there are none
         self.starts: list[int] = []  # offsets of live mappings, ascending
         self.mappings: dict[int, Mapping] = {}
         self.is_live = True

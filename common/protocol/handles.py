@@ -156,7 +156,7 @@ class Applied(Message, frozen=True):
     revision: int
 
 
-ToHmm = Attach | Applied
+FromRank = Attach | Applied
 FromHmm = AttachReply | ShareHandles | SeatMemory | Refused
-TO_HMM: Codec[ToHmm] = Codec(ToHmm)
+FROM_RANK: Codec[FromRank] = Codec(FromRank)
 TO_RANK: Codec[FromHmm] = Codec(FromHmm)

@@ -44,4 +44,4 @@ class Kept(Message, frozen=True):
 
 
 TO_KEEPER: Codec[Keep | Forget | Fetch] = Codec(Keep | Forget | Fetch)
-TO_HMM: Codec[Kept | Ack | Refused] = Codec(Kept | Ack | Refused)
+FROM_KEEPER: Codec[Kept | Ack | Refused] = Codec(Kept | Ack | Refused)

@@ -56,7 +56,7 @@ void run_rank(const Options& options, const SharedMemory& memory, uint32_t slot,
   std::vector<StepEntry> entries;
   const bool is_reporter = slot == 0;
   measure("barrier", options, is_reporter,
-          [&] { return finish([&] { return meeting.meet(generation, Kind::barrier, 0, kNever); }); });
+          [&] { return finish([&] { return meeting.meet(generation, Kind::combine, 0, kNever); }); });
   measure("step", options, is_reporter,
           [&] { return finish([&] { return meeting.step(generation, 1, 2, kNever, entries); }); });
   measure("dispatch + combine", options, is_reporter, [&] {

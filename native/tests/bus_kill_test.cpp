@@ -196,7 +196,7 @@ TEST(a_kill_at_any_instruction_of_an_arrival_blocks_nobody) {
     TracedProcess victim([&] {
       Meeting rank(segment, 1);
       rank.join(1000 + generation);
-      if (rank.meet(generation, Kind::barrier, 0, kNever) != Outcome::done) throw Failure("the victim did not pass");
+      if (rank.meet(generation, Kind::combine, 0, kNever) != Outcome::done) throw Failure("the victim did not pass");
     });
     if (!victim.is_traceable()) {
       std::printf("      skipped: this machine forbids tracing\n");
@@ -204,7 +204,7 @@ TEST(a_kill_at_any_instruction_of_an_arrival_blocks_nobody) {
     }
     Outcome outcome = Outcome::interrupted;
     std::jthread waiter([&] {
-      outcome = finish([&] { return survivor.meet(generation, Kind::barrier, 0, now_ns() + 15 * kSecond); });
+      outcome = finish([&] { return survivor.meet(generation, Kind::combine, 0, now_ns() + 15 * kSecond); });
     });
     while (segment.slot(0).lane(Lane::members).arrived >> 32 != generation) std::this_thread::yield();
     uint64_t done = 0;
@@ -224,8 +224,8 @@ TEST(a_kill_at_any_instruction_of_an_arrival_blocks_nobody) {
     hmm.set_membership(++generation, 0b11, true);
     Meeting replacement(segment, 1);
     replacement.join(2000 + generation);
-    CHECK(replacement.arrive(generation, Kind::barrier, 0) == Outcome::done);
-    CHECK(survivor.meet(generation, Kind::barrier, 0, 0) == Outcome::done);
+    CHECK(replacement.arrive(generation, Kind::combine, 0) == Outcome::done);
+    CHECK(survivor.meet(generation, Kind::combine, 0, 0) == Outcome::done);
     CHECK(replacement.wait(0) == Outcome::done);
   }
   CHECK(num_instructions > 20);

@@ -29,7 +29,7 @@ Outcome finish(Operation operation) {
 }
 
 inline Outcome meet(Meeting& meeting, uint32_t generation, int64_t deadline) {
-  return finish([&] { return meeting.meet(generation, Kind::barrier, 0, deadline); });
+  return finish([&] { return meeting.meet(generation, Kind::combine, 0, deadline); });
 }
 
 }  // namespace elasticmoe::bus

@@ -254,7 +254,7 @@ TEST(idlers_wake_for_a_peer) {
   std::atomic<Outcome> outcome{Outcome::timeout};
   std::thread idler([&] { outcome = finish([&] { return first.idle_wait(1, in_ms(60'000)); }); });
   while (hmm.segment().wakeup().num_idlers == 0) std::this_thread::yield();
-  CHECK(second.arrive(1, Kind::barrier, 0) == Outcome::done);
+  CHECK(second.arrive(1, Kind::combine, 0) == Outcome::done);
   idler.join();
   CHECK(outcome == Outcome::done);
   CHECK(meet(first, 1, in_ms(1000)) == Outcome::done);

@@ -13,6 +13,8 @@ from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.telemetry import Logger
 
 T = TypeVar("T")
+Then = Callable[[ElasticMoEError | None], None]
+"""Called in the loop's thread when work is over, with what went wrong."""
 
 
 class Background:

@@ -15,8 +15,7 @@ from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.fdchannel import Channel
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
-from elasticmoe.common.protocol.handles import Attach
-from elasticmoe.common.protocol.handles import ToHmm as FromRank
+from elasticmoe.common.protocol.handles import Attach, FromRank
 from elasticmoe.common.protocol.hmm import (
     AbortLayout,
     CheckIntegrity,

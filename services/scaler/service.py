@@ -27,9 +27,9 @@ from elasticmoe.services.scaler.cluster import Cluster, in_force
 from elasticmoe.services.scaler.control.admission import (
     Accepted,
     Admission,
-    Answer,
     CancelOperation,
     Command,
+    CommandAnswer,
     CommandQueue,
     Order,
     SetPolicy,
@@ -178,7 +178,7 @@ class Scaler:
         self.status_cache.snapshot = msgspec.structs.replace(self.status_cache.snapshot, reason=reason)
 
     def _refuse_orders(self) -> None:
-        def refuse(_: Command) -> Answer:
+        def refuse(_: Command) -> CommandAnswer:
             raise self.lease.why_not
 
         self.commands.serve(refuse)
@@ -323,7 +323,7 @@ class Scaler:
 
     # ---- orders ---------------------------------------------------------------------------------------------------
 
-    def _handle(self, order: Command) -> Answer:
+    def _handle(self, order: Command) -> CommandAnswer:
         """Carry one order of the admin surface out, or raise its refusal. The status shows it before the
         answer goes."""
         if isinstance(order, SetPolicy):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from elasticmoe.services.worker.backends.answers import WeightedSum
-from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Op
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
@@ -121,11 +121,11 @@ class MirroredBackend(ComputeBackend):
         self._inner.weighted_sum(there, n)
         twins.fetch()
 
-    def download(self, *mirrors: Mirror) -> Operation:
+    def download(self, *mirrors: Mirror) -> Op:
         """See ComputeBackend: all is there."""
         return _is_there
 
-    def upload(self, mirror: Mirror) -> Operation:
+    def upload(self, mirror: Mirror) -> Op:
         """See ComputeBackend: all is there."""
         return _is_there
 

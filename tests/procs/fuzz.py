@@ -186,7 +186,7 @@ UNIONS: dict[str, Any] = {
     "router": router.ToRouter,
     "scaler": scaler.ToScaler,
     "signals": signals.Signal,
-    "handles": handles.ToHmm,
+    "handles": handles.FromRank,
     "keeper": keeper.Keep | keeper.Forget | keeper.Fetch,
     "pool-template": standby.Fork,
 }
@@ -197,7 +197,7 @@ CODECS: dict[str, Codec[Any]] = {
     "router": router.CODEC,
     "scaler": scaler.CODEC,
     "signals": signals.CODEC,
-    "handles": handles.TO_HMM,
+    "handles": handles.FROM_RANK,
     "keeper": keeper.TO_KEEPER,
     "pool-template": standby.TO_TEMPLATE,
 }

@@ -41,7 +41,7 @@ from elasticmoe.common.protocol.handles import (
     ShareHandles,
 )
 from elasticmoe.common.protocol.hmm import CheckIntegrity, GetHmmStatus, LoadModel, SetMembership
-from elasticmoe.common.protocol.keeper import TO_HMM
+from elasticmoe.common.protocol.keeper import FROM_KEEPER
 from elasticmoe.common.protocol.replies import Ack, Refused
 from elasticmoe.common.protocol.scaler import HmmStatus, Integrity
 from elasticmoe.common.transport import Client, new_identity
@@ -369,7 +369,7 @@ def hollow_checkpoint(directory: Path, config: dict[str, Any], stored: str = "F3
 
 
 def keeper_channel(deployment: Deployment):  # type: ignore[no-untyped-def]
-    return connect(deployment.config.socket("keeper"), new_identity("hmm"), TO_HMM)
+    return connect(deployment.config.socket("keeper"), new_identity("hmm"), FROM_KEEPER)
 
 
 def kept_bytes(deployment: Deployment) -> int:

@@ -53,12 +53,21 @@ def kill_one(deployment: Deployment, rng: random.Random) -> None:
 
 
 @pytest.mark.timeout(400)  # 20 s on idle cores
-@pytest.mark.parametrize("name", CONFIGS)
-async def test_a_stream_across_all_that_happens_equals_the_undisturbed_one(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "compute"), [*((name, "host") for name in CONFIGS), ("qwen3_moe", "torch"), ("deepseek_v2", "torch")]
+)
+async def test_a_stream_across_all_that_happens_equals_the_undisturbed_one(
+    name: str, compute: str, tmp_path: Path
+) -> None:
     rng = random.Random(name)
     model = random_checkpoint(tmp_path / "model", CONFIGS[name], seed=8, dtype="float32", tokenizer=True)
     kv_bytes = KV_TOKENS // BLOCK_SIZE * parse_spec(CONFIGS[name], "float32").kv_block_bytes(BLOCK_SIZE)
-    settings: dict[str, Any] = {"kv_bytes": kv_bytes * 104 // 100, "max_model_len": 4_096, "standbys": 2}
+    settings: dict[str, Any] = {
+        "kv_bytes": kv_bytes * 104 // 100,
+        "max_model_len": 4_096,
+        "standbys": 2,
+        "compute": compute,
+    }
     deployment = Deployment(model, replicas=2, devices=3, block_size=BLOCK_SIZE, **settings)
     prompts = [[rng.randrange(256) for _ in range(40)] for _ in range(2)]
     begun = asyncio.Event()

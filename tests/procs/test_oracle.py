@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.procs.clients import Load, check_against_oracle, check_load_against_oracle, closed_loop
+from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
 from tests.procs.integrity import check_integrity
 
@@ -29,20 +28,6 @@ async def test_32_streams_with_cancels_are_exact(
     report = deployment.stop()
     assert len(report.requests) == 160
     assert report.count("error") == 0
-
-
-@pytest.mark.slow
-async def test_the_torch_backend_serves_and_scales_exactly(
-    deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
-) -> None:
-    settings = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20}
-    deployment = deploy("oracle", replicas=2, devices=3, compute="torch", **settings)
-    async with Load(deployment.base_url, clients=8, seed=9) as load:
-        for replicas in (3, 1, 2):
-            assert (await asyncio.to_thread(deployment.scale, replicas=replicas))["phase"] == "done"
-            await asyncio.to_thread(check_integrity, deployment)
-    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
-    assert deployment.stop().count("error") == 0
 
 
 async def test_small_kv_preempts_and_stays_exact(

@@ -83,6 +83,16 @@ async def test_50_random_resizes_of_a_cache_of_latents_are_exact(
     assert await resize_under_load(deployment, model_folder("oracle-latent"), clients=8) > 2_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+async def test_random_resizes_of_ranks_that_compute_with_torch_are_exact(
+    tp: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    resizes = 16 // tp
+    deployment = deploy("oracle", replicas=2, devices=tp * DEVICES, tp=tp, compute="torch", **SETTINGS)
+    assert await resize_under_load(deployment, model_folder("oracle"), clients=8, resizes=resizes) > 20 * resizes
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("resizes", [6, pytest.param(RESIZES, marks=pytest.mark.soak)])
 async def test_random_resizes_of_replicas_of_two_ranks_are_exact(
@@ -98,6 +108,7 @@ async def test_random_resizes_of_replicas_of_two_ranks_are_exact(
     [
         ("tiny-mixtral", {}),
         ("tiny-qwen3-moe", {}),
+        pytest.param("tiny-mixtral", {"compute": "torch"}, id="torch", marks=pytest.mark.slow),
         pytest.param("tiny-qwen3-moe", {"dtype": "bfloat16", "activations": "bfloat16"}, id="rounded"),
     ],
 )

@@ -51,19 +51,24 @@ def lose(deployment: Deployment, names: list[str], number: signal.Signals) -> No
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("name", "tp", "replicas"),
+    ("name", "tp", "replicas", "compute"),
     [
-        ("tiny-mixtral", 2, 2),
-        pytest.param("tiny-olmoe", 2, 1, marks=pytest.mark.slow),
-        pytest.param("tiny-deepseek-v2", 4, 1, marks=pytest.mark.slow),
+        ("tiny-mixtral", 2, 2, "auto"),
+        pytest.param("tiny-olmoe", 2, 1, "torch", marks=pytest.mark.slow),
+        pytest.param("tiny-deepseek-v2", 4, 1, "auto", marks=pytest.mark.slow),
     ],
 )
 def test_greedy_tokens_equal_transformers(
-    name: str, tp: int, replicas: int, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+    name: str,
+    tp: int,
+    replicas: int,
+    compute: str,
+    deploy: Callable[..., Deployment],
+    model_folder: Callable[[str], Path],
 ) -> None:
     rng = random.Random(3)
     prompts = [[rng.randrange(256) for _ in range(length)] for length in (1, 31, 32, 33, 100, 150)]
-    settings = {"max_tokens_per_step": 32, "max_model_len": 256}
+    settings = {"max_tokens_per_step": 32, "max_model_len": 256, "compute": compute}
     deployment = deploy(name, replicas=replicas, devices=replicas * tp, tp=tp, **settings)
     with httpx.Client(base_url=deployment.base_url, timeout=60, trust_env=False) as client:
         body = {"model": name, "prompt": prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from elasticmoe.native.bus import BusAborted
 from elasticmoe.services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
+from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
 
 if TYPE_CHECKING:
     from tests.sim.rank import RankProcess
+
+
+BLOCKS_MAX = 1 << 30
 
 
 class Meeting(NamedTuple):
@@ -116,38 +120,38 @@ class Bus:
         return met
 
 
-class BoardEnd:
-    """One rank's end of what the ranks of a replica tell each other there: what ReplicaBoard needs of a bus."""
+class SimBoard(ReplicaBoard):
+    """One rank's end of what the ranks of a replica tell each other there. `replica`: their slots."""
 
-    def __init__(self, bus: Bus, process: RankProcess) -> None:
+    def __init__(self, bus: Bus, process: RankProcess, replica: Sequence[int]) -> None:
         self._bus = bus
         self._process = process
+        self.leader = replica[0]
+        self._followers = tuple(replica[1:])
 
-    def write_plan(self, plan: bytes) -> None:
-        """See elasticmoe.native.bus."""
-        self._bus.plans[self._process.seat.slot] = plan
+    def write(self, plan: ReplicaPlan) -> None:
+        """See ReplicaBoard."""
+        self._bus.plans[self._process.seat.slot] = plan.encode()
 
-    def read_plan(self, generation: int) -> bytes:
-        """See elasticmoe.native.bus. Only with a leader."""
+    def read(self, generation: int) -> ReplicaPlan:
+        """See ReplicaBoard."""
         if generation != self._bus.now[0] or not self._bus.now[2]:
-            raise bus_aborted(self._bus.now[0])
-        leader = self._process.board.leader
-        return self._process.barrier.last.plans[leader]
+            raise StepAborted(self._bus.now[0])
+        return ReplicaPlan.decode(self._process.barrier.last.plans[self.leader])
 
-    def set_kv_blocks(self, num_blocks: int) -> None:
-        """See elasticmoe.native.bus."""
+    def tell_blocks(self, num_blocks: int) -> None:
+        """See ReplicaBoard."""
         self._bus.blocks[self._process.seat.slot] = num_blocks
 
-    def kv_blocks(self, slot: int) -> int:
-        """See elasticmoe.native.bus."""
-        return self._bus.blocks[slot]
+    @property
+    def blocks_of_leader(self) -> int:
+        """See ReplicaBoard."""
+        return self._bus.blocks[self.leader]
 
-
-def bus_aborted(generation: int) -> BusAborted:
-    """As the bus raises it."""
-    aborted = BusAborted(generation)
-    aborted.generation = generation
-    return aborted
+    @property
+    def blocks_of_followers(self) -> int:
+        """See ReplicaBoard."""
+        return min(filter(None, (self._bus.blocks[slot] for slot in self._followers)), default=BLOCKS_MAX)
 
 
 class SimBarrier(StepBarrier):

@@ -16,14 +16,14 @@ from elasticmoe.services.worker.engine.plan import Chunk, StepPlan
 from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.model.batch import Batch
 from tests.sim.heap import Violation
-from tests.sim.hmm import (
+from tests.sim.memory import (
     BLOCK_SIZE,
     BLOCKS_PER_HANDLE,
     GEOMETRY,
     MAX_MODEL_LEN,
     MAX_SEQUENCES,
     MAX_TOKENS,
-    Memory,
+    RealBytes,
 )
 
 
@@ -39,7 +39,7 @@ def _write_bytes(address: int, data: memoryview) -> None:
     ctypes.memmove(address, bytes(data), len(data))
 
 
-def kv_of(memory: Memory, num_kv: int) -> Any:
+def kv_of(memory: RealBytes, num_kv: int) -> Any:
     """What stands for a rank's KvCache: `num_kv` handles of a device are mapped."""
     return SimpleNamespace(
         geometry=GEOMETRY,
@@ -96,7 +96,7 @@ class SimEngine(Engine):
     what the rank brings to the next step; `num_steps`: that it has taken part in."""
 
     def __init__(
-        self, memory: Memory, num_kv: int, take_part: Callable[[], None], board: ReplicaBoard | None = None
+        self, memory: RealBytes, num_kv: int, take_part: Callable[[], None], board: ReplicaBoard | None = None
     ) -> None:
         no_model: Any = None
         super().__init__(

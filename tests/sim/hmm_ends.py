@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -55,37 +55,45 @@ class Parking:
         return False
 
 
+class _Job(NamedTuple):
+    name: str
+    work: Callable[[], Any]
+    then: Callable[[Any], None]
+
+
+LONGEST_S = {"transfer": 1.0, "release": 0.05}  # others: 0.2
+
+
 class Background:
-    """Threads that copy: each takes a while and then does it all at once."""
+    """Threads: each takes a while and then does it all at once."""
 
     def __init__(self, hmm: Hmm) -> None:
         self._hmm = hmm
-        self._jobs: list[tuple[Callable[[], Any], Callable[[Any], None]]] = []
+        self._jobs: list[_Job] = []
         self._done: deque[Callable[[], None]] = deque()
 
     def start(self, name: str, work: Callable[[], Any], then: Callable[[Any], None]) -> None:
         """See elasticmoe.services.hmm.background."""
-        job = (work, then)
+        job = _Job(name, work, then)
         self._jobs.append(job)
-        self._hmm.after(0.01 + 0.2 * self._hmm.sim.rng.random(), self._end, job)
+        self._hmm.after(0.01 + LONGEST_S.get(name, 0.2) * self._hmm.sim.rng.random(), self._end, job)
 
-    def _end(self, job: tuple[Callable[[], Any], Callable[[Any], None]]) -> None:
+    def _end(self, job: _Job) -> None:
         if job in self._jobs:
             self._run(job)
             self._hmm.turn()
 
-    def _run(self, job: tuple[Callable[[], Any], Callable[[Any], None]]) -> None:
+    def _run(self, job: _Job) -> None:
         self._jobs.remove(job)
-        work, then = job
         try:
-            result = work()
+            result = job.work()
         except ElasticMoEError as error:
             result = error
-        self._done.append(lambda: then(result))
+        self._done.append(lambda: job.then(result))
 
     def hurry(self) -> None:
-        """Let all threads end now."""
-        for job in list(self._jobs):
+        """Let all threads that copy blocks end now."""
+        for job in [job for job in self._jobs if job.name not in LONGEST_S]:
             self._run(job)
 
     def finish(self) -> None:

@@ -49,8 +49,8 @@ class Losses:
         world.sim.note(f"device {device} is lost")
         self.gone.add(device)
         self.num_lost += 1
-        memory = hmm.memories[device]
-        memory.values[:] = memory.poison
+        real = hmm.memories[device].real
+        real.values[:] = real.poison
         for rank in [rank for rank in world.ranks.values() if rank.seat.device == device]:
             rank.exit("its device is lost")
         if self.num_lost == 1:
@@ -90,7 +90,7 @@ class Losses:
         self._world.sim.note(f"device {device} is repaired")
         self.gone.discard(device)
         self.told.pop(device, None)
-        self._world.hmm.memories[device].format()
+        self._world.hmm.memories[device].real.format()
 
     def admits(self, target: Target) -> bool:
         """Whether an operator would give this order: not where it names a device that is gone and still has a seat.

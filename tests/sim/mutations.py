@@ -13,6 +13,7 @@ from elasticmoe.common.fence import Fence
 from elasticmoe.common.store import Writer
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.catalog import Transition
+from elasticmoe.services.hmm.memory.transfer import Supply
 from elasticmoe.services.hmm.transition.transition import Transitions
 from elasticmoe.services.router.dispatch.streams import Stream
 from elasticmoe.services.scaler import service
@@ -105,6 +106,9 @@ MUTATIONS: dict[str, Mutation] = {
     "memory is given back while ranks have it mapped": Mutation(
         Transitions, "_is_let_go", lambda *_: True, ("is mapped and given back",)
     ),
+    "what was claimed for a transition that failed is forgotten": Mutation(
+        Supply, "drop_claims", lambda supply: supply._claims.clear(), ("the catalog names",)
+    ),
     "commands of superseded scalers are obeyed": Mutation(Fence, "check", lambda *_: None, (" obeys epoch ",)),
     "a transition begins before the last one is over": Mutation(
         Transition, "is_over", property(lambda _: True), ("in the middle", "catalog: ", "computes by epoch")
@@ -177,7 +181,7 @@ MUTATIONS: dict[str, Mutation] = {
         BlockCopies, "_is_joined", lambda *_: False, ("tokens", "has other KV"), tp=2, first=700
     ),
     "a follower unmaps blocks that its leader gives out": Mutation(
-        Follower, "_resize_kv", _unmap, ("has not mapped", " is to move; "), tp=2, first=1900
+        Follower, "_resize_kv", _unmap, ("has not mapped", " is to move; "), tp=2
     ),
     "a hand-over loses the end of the KV": Mutation(Engine, "hand_over", _without_tail(Engine.hand_over), ("tokens",)),
 }

@@ -19,16 +19,16 @@ from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, Prot
 from elasticmoe.common.protocol.handles import Applied, Attach, Routing, SeatMemory, ShareHandles
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.services.worker.exchange.base import StepTimedOut
-from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.exchange.expert_rows import ExpertRows
 from elasticmoe.services.worker.hmm.link import HmmLink
 from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.parts import SeatParts
 from elasticmoe.services.worker.rank.rank import Rank
-from tests.sim.barrier import BoardEnd, SimBarrier
+from tests.sim.barrier import SimBarrier, SimBoard
 from tests.sim.engine import SimEngine, SimModel, kv_of
 from tests.sim.heap import Actor, Push
-from tests.sim.hmm import BLOCKS_PER_HANDLE, CHANNEL_S, Memory, held_by, named_by
+from tests.sim.hmm import CHANNEL_S
+from tests.sim.memory import BLOCKS_PER_HANDLE, RealBytes
 from tests.sim.store import NotingFence
 
 if TYPE_CHECKING:
@@ -186,17 +186,22 @@ class Channel:
             self._hmm.after(CHANNEL_S, self._hmm.detached, self)
 
 
+def _named_by(seat: SeatMemory) -> set[int]:
+    return {*(record.handle for record in seat.records), *seat.kv}
+
+
 class Mapping:
-    """What a rank has mapped of its device: `held`, the handles of records and KV."""
+    """What a rank has mapped of its device: `handles`, by their ids; `held`, the records, and the ids of KV."""
 
     def __init__(
-        self, spec: ModelSpec, device: Memory, handed: Iterable[tuple[ShareHandles | SeatMemory, list[int]]]
+        self, spec: ModelSpec, device: RealBytes, handed: Iterable[tuple[ShareHandles | SeatMemory, list[int]]]
     ) -> None:
         self.spec = spec
         self.replica: tuple[int, ...] = ()
         self.ledger = device.rows
         self.routings: dict[int, Routing] = {}
         self.doorbells: dict[int, int] = {}
+        self.handles: set[int] = set()
         self.held: set[Any] = set()
         self._kv: tuple[int, ...] = ()
         self._goal: SeatMemory | None = None
@@ -221,11 +226,11 @@ class Mapping:
             self._shared.update(handle.id for handle in message.handles)
             return
         seat = message
-        if missing := named_by(seat) - self._shared:
+        if missing := _named_by(seat) - self._shared:
             raise ProtocolError(f"handle {min(missing)} is named, but was not shared")
         if any(mapped != named for mapped, named in zip(self._kv, seat.kv, strict=False)):
             raise DeviceError("a KV handle cannot move while it is mapped", code="record_moved")
-        self._goal, self._shared = seat, named_by(seat)
+        self._goal, self._shared = seat, _named_by(seat)
         self.doorbells = {slot: DOORBELL_FD + slot for slot in seat.slots}
         self.replica = seat.replica
         self.routings.clear()
@@ -239,7 +244,8 @@ class Mapping:
         num_blocks = len(goal.kv) * BLOCKS_PER_HANDLE
         if len(goal.kv) < self.num_kv and not resize_kv(num_blocks):
             return 0
-        self.held, self._kv = held_by(goal), goal.kv
+        self.handles, self._kv = _named_by(goal), goal.kv
+        self.held = {*(record.key for record in goal.records), *goal.kv}
         if not resize_kv(num_blocks):
             return 0
         self._goal = None
@@ -297,7 +303,7 @@ class RankProcess(Actor):
         self.mapping: Mapping | None = None
         self.engine: SimEngine
         self.model: SimModel
-        self.board: ReplicaBoard
+        self.board: SimBoard
         self.rank: Rank | Follower
         self.is_ready = self.has_rung = False
         self._num_channels = 0
@@ -313,8 +319,13 @@ class RankProcess(Actor):
 
     @property
     def held(self) -> set[Any]:
-        """The handles that are mapped."""
+        """Records and ids of KV that are mapped."""
         return self.mapping.held if self.mapping is not None else set()
+
+    @property
+    def handles(self) -> set[int]:
+        """Ids of all handles that are mapped."""
+        return self.mapping.handles if self.mapping is not None else set()
 
     # ---- beginning
 
@@ -353,11 +364,10 @@ class RankProcess(Actor):
         return Push(self.sim, self.address)
 
     def _build(self, link: HmmLink) -> None:
-        device = self.world.hmm.memories[self.seat.device]
+        device = self.world.hmm.memories[self.seat.device].real
         self.mapping = Mapping(self.world.hmm.spec, device, link.handed())
-        bus: Any = BoardEnd(self.world.hmm.bus, self)
         if self.mapping.spec.tp > 1:
-            self.board = ReplicaBoard(bus, self.mapping.replica)
+            self.board = SimBoard(self.world.hmm.bus, self, self.mapping.replica)
         simulated: Any = self  # what stands for a transport, a server, an exchange
         parts = SeatParts(
             seat=self.seat,

@@ -19,7 +19,7 @@ from elasticmoe.services.scaler.parts import ScalerParts
 from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.scaler.service import Scaler as ScalerService
 from tests.sim.heap import Actor, Crashed
-from tests.sim.hmm import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS
+from tests.sim.memory import MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS
 from tests.sim.store import DiskFence, StoreReserve
 
 if TYPE_CHECKING:

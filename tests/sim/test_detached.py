@@ -14,7 +14,8 @@ from elasticmoe.common.protocol.handles import Attach, AttachReply, SeatMemory
 from elasticmoe.common.protocol.hmm import LoadModel, RecordCopy, StageLayout
 from elasticmoe.common.protocol.ids import TransitionId
 from tests.sim.heap import Sim
-from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPEC, Hmm
+from tests.sim.hmm import SPEC, Hmm
+from tests.sim.memory import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE
 
 DEVICES = ("host:0", "host:1")
 OP = TransitionId("op")

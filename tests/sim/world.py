@@ -21,8 +21,9 @@ from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.lockstep import ALONE
 from tests.sim.barrier import Meeting
 from tests.sim.heap import Sim, Violation
-from tests.sim.hmm import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE, SPECS, Hmm
+from tests.sim.hmm import SPECS, Hmm
 from tests.sim.loss import Losses
+from tests.sim.memory import BLOCK_SIZE, MAX_MODEL_LEN, MAX_SEQUENCES, MAX_TOKENS, PAGE
 from tests.sim.poison import Poisons
 from tests.sim.policy import Policies
 from tests.sim.pool import Pool
@@ -164,7 +165,7 @@ class World:
         for leader in ranks if self.tp > 1 else ():
             if not leader.leads:
                 continue
-            mine = self.hmm.memories[leader.seat.device].values
+            mine = self.hmm.memories[leader.seat.device].real.values
             replica = [one for one in ranks if one.seat.rank.replica == leader.seat.rank.replica]
             self.expect(len(replica) == self.tp, f"{len(replica)} ranks of {leader.name}'s replica have met")
             for sequence in leader.engine.scheduler.sequences():
@@ -172,7 +173,7 @@ class World:
                     first = sequence.blocks[start // BLOCK_SIZE] * BLOCK_SIZE
                     span = slice(first, first + min(BLOCK_SIZE, sequence.kv_len - start))
                     for one in replica:
-                        theirs = self.hmm.memories[one.seat.device].values
+                        theirs = self.hmm.memories[one.seat.device].real.values
                         text = f"{one.name} has other KV than {leader.name} of {sequence.request.request_id}"
                         self.expect(mine[span] == theirs[span], f"{text} from position {start}")
 
@@ -182,7 +183,7 @@ class World:
         loaded, transition = hmm.loaded, hmm.transition
         if loaded is None:
             return
-        sizes = tuple((len(m.records), len(m.kv), m.num_claimed, m.num_releasing) for m in hmm.memories.values())
+        sizes = tuple((len(m.records), len(m.kv), *m.device.used.values()) for m in hmm.memories.values())
         state = (loaded.layout.epoch, transition and (transition.request.id, transition.phase), sizes)
         if state == self._state:
             return
@@ -190,7 +191,7 @@ class World:
         before, last = self._was
         self._was = loaded.layout, transition
         for memory in hmm.memories.values():
-            used = hmm.bytes_of(memory)
+            used = sum(memory.device.used.values())
             self.expect(used <= memory.device.budget, f"{memory.device.name}: {used} bytes exceed the budget")
         findings = check_integrity(hmm.catalog())
         self.expect(not findings, f"catalog: {findings}")
@@ -237,6 +238,8 @@ class World:
             return "room is reserved for an operation that has ended"
         if transition is not None and not transition.is_over:
             return f"transition {transition.request.id} is {transition.phase}"
+        if text := self._unowned():
+            return text
         if self.store.get_layout() != layout or self.router.dispatcher.layout != layout:
             return "the store's, the router's and the HMM's layouts differ"
         _, members, is_running, epoch = bus.membership()
@@ -248,6 +251,15 @@ class World:
             return f"requests {sorted(self.router.dispatcher.streams)} run"
         return self._unrest_of_ranks(layout) or self.policies.unrest()
 
+    def _unowned(self) -> str:
+        """Says which device has handles that the catalog does not name; empty when none has."""
+        for name, memory in self.hmm.memories.items():
+            entry, used = memory.entry(), sum(memory.device.used.values())
+            owned = entry.weights_bytes + entry.kv_bytes + entry.mailbox_bytes
+            if used != owned:
+                return f"{name}: {used} bytes are out, and the catalog names {owned}"
+        return ""
+
     def _unrest_of_ranks(self, layout: Layout) -> str:
         for slot, rank in self.pool.ranks.items():
             if not rank.is_ready or rank.mapping is None or rank.mapping.is_changing:
@@ -255,7 +267,7 @@ class World:
             if rank.rank._lockstep.epoch != layout.epoch:
                 return f"{rank.name} computes by another layout"
             memory = self.hmm.memories[rank.seat.device]
-            if {*memory.records, *memory.kv} != rank.held:
+            if {*memory.records, *map(memory.device.id_of, memory.kv)} != rank.held:
                 return f"{rank.name} has something else mapped than the HMM says"
             self.expect(rank.seat.slot == slot, "a rank is in another slot")
             if isinstance(rank.rank, Follower):

@@ -11,7 +11,7 @@ import torch
 from elasticmoe.common.layout import COMPUTES
 from elasticmoe.common.protocol.rank import Sampling
 from elasticmoe.services.worker.backends.answers import WeightedSum, add_up
-from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Op
 from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.backends.torch import TorchBackend
@@ -80,7 +80,7 @@ class QueuedBackend(TorchBackend):
         """See ComputeBackend."""
         self._queue.append(lambda: add_up(total, n))
 
-    def download(self, *mirrors: Mirror) -> Operation:
+    def download(self, *mirrors: Mirror) -> Op:
         """See ComputeBackend."""
 
         def run(n: int) -> None:
@@ -90,7 +90,7 @@ class QueuedBackend(TorchBackend):
 
         return run
 
-    def upload(self, mirror: Mirror) -> Operation:
+    def upload(self, mirror: Mirror) -> Op:
         """See ComputeBackend. The host's rows are read as late as they may be."""
         return lambda n: self._queue.append(lambda: mirror.device[:n].copy_(mirror.host[:n]))
 

@@ -22,8 +22,8 @@ from elasticmoe.common.protocol.rank import Cancel, Sampling, Submit
 from elasticmoe.common.protocol.router import Failed, Tokens
 from elasticmoe.common.transport import Sockets
 from elasticmoe.services.worker.engine.engine import Engine
-from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
+from elasticmoe.services.worker.exchange.shm_board import ShmBoard
 from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.loop import SeatLoop
 from elasticmoe.services.worker.rank.parts import SeatParts
@@ -114,7 +114,7 @@ class Replicas:
         hmm: Any = PlayedHmm(self)
         fence: Any = SimpleNamespace(check=lambda *_: None, heed=lambda _: None)
         barrier, exchange = ShmBarrier(bus, memory.doorbells, slot), ranks.exchanges[slot]
-        board = ReplicaBoard(bus, replica)
+        board = ShmBoard(bus, replica)
         played: Any = memory
         parts = SeatParts(
             seat=seat,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from elasticmoe.services.router.answer_parsers.forms import NAMES, parser_of
-from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Part, Reasoning, Text
+from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallArguments, CallStart, Reasoning, Text
 from elasticmoe.services.router.answer_parsers.reasoning import FORMS, ReasoningParser
 from elasticmoe.services.router.answer_parsers.tools import READ_AGAIN_CHARS_MAX, ToolParser
 from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
@@ -29,9 +29,9 @@ def pieces_of(name: str) -> st.SearchStrategy[list[str]]:
     return st.lists(st.sampled_from([*specials, *specials, *EXTRAS, *JSON, *PLAIN]), max_size=24)
 
 
-def read(parser: ToolParser | ReasoningParser, pieces: list[str]) -> list[Part]:
+def read(parser: ToolParser | ReasoningParser, pieces: list[str]) -> list[AnswerPart]:
     """The parts, neighbours of a kind as one."""
-    whole: list[Part] = []
+    whole: list[AnswerPart] = []
     for part in [part for piece in pieces for part in parser.feed(piece)] + list(parser.finish()):
         last = whole[-1] if whole else None
         if last is not None and type(part) is type(last) and isinstance(part, Text | Reasoning | CallArguments):
@@ -75,7 +75,7 @@ def test_parts_depend_on_the_text_alone(name: str, data: st.DataObject) -> None:
         ("mistral", '[TOOL_CALLS]f{"a": "b\\', [CallStart("f"), CallArguments('{"a": "b')]),
     ],
 )
-def test_what_once_depended_on_the_cut(name: str, text: str, parts: list[Part]) -> None:
+def test_what_once_depended_on_the_cut(name: str, text: str, parts: list[AnswerPart]) -> None:
     assert read(PARSERS[name](SCHEMAS), [text]) == parts
     assert read(PARSERS[name](SCHEMAS), list(text)) == parts
 

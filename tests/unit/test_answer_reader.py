@@ -6,7 +6,7 @@ import asyncio
 import json
 
 from elasticmoe.services.router.answer_parsers.forms import parser_of
-from elasticmoe.services.router.answer_parsers.parts import CallArguments, Part, Text
+from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallArguments, Text
 from elasticmoe.services.router.api.answer_reader import PIECE_CHARS, AnswerForm, AnswerReader
 from elasticmoe.services.router.api.tool_use import ToolUse
 from elasticmoe.services.router.api.turns import Turns
@@ -30,13 +30,13 @@ def form() -> AnswerForm:
     return AnswerForm(ToolUse(parser, {}, is_single=False))
 
 
-def joined(parts: list[Part]) -> tuple[str, str]:
+def joined(parts: list[AnswerPart]) -> tuple[str, str]:
     said = "".join(part.text for part in parts if isinstance(part, Text))
     return said, "".join(part.text for part in parts if isinstance(part, CallArguments))
 
 
 def test_a_long_answer_leaves_others_their_turns() -> None:
-    async def read(text: str, turns: Turns) -> list[Part]:
+    async def read(text: str, turns: Turns) -> list[AnswerPart]:
         reader = AnswerReader(form())
         return await reader.take_all(text, turns) + reader.take("", is_last=True)
 

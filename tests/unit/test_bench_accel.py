@@ -11,14 +11,14 @@ import httpx
 import pytest
 
 from elasticmoe.cli.bench import accel
-from elasticmoe.cli.bench.accel_answers import Answer, difference
+from elasticmoe.cli.bench.accel_answers import GreedyAnswer, difference
 from elasticmoe.cli.bench.deployment import first_of
 from elasticmoe.cli.main import main
 from elasticmoe.common.protocol.errors import DeviceError
 
 
-def answer(tokens: str, *logprobs: float) -> Answer:
-    return Answer(tuple(tokens), logprobs)
+def answer(tokens: str, *logprobs: float) -> GreedyAnswer:
+    return GreedyAnswer(tuple(tokens), logprobs)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def answer(tokens: str, *logprobs: float) -> Answer:
     ],
 )
 def test_answers_count_up_to_where_their_tokens_differ(
-    ours: Answer, theirs: Answer, most: float, num_equal: int
+    ours: GreedyAnswer, theirs: GreedyAnswer, most: float, num_equal: int
 ) -> None:
     found, equal = difference([ours], [theirs])
     assert found == pytest.approx(most)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -11,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.native import host
 from elasticmoe.services.hmm.loading import read_ahead as module
 from elasticmoe.services.hmm.loading.read_ahead import read_ahead
 from tests.procs.waiting import wait_until
 
 NBYTES = 4 << 20
+LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class File:
@@ -27,12 +29,21 @@ class File:
         self.fd = os.open(path, os.O_RDONLY)
         os.fsync(self.fd)  # pages that are not written yet would stay
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        self.mapped = host.Reservation(NBYTES)
-        self.mapped.map(0, self.fd, 0, NBYTES, False)
+        self.mapped = mmap.mmap(self.fd, NBYTES, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
+        self._first = (ctypes.c_char * NBYTES).from_buffer(self.mapped)
 
     def cached(self) -> int:
         """Bytes."""
-        return host.resident_bytes(self.mapped.base, NBYTES)
+        pages = (ctypes.c_ubyte * (NBYTES // mmap.PAGESIZE))()
+        address = ctypes.c_void_p(ctypes.addressof(self._first))
+        if LIBC.mincore(address, ctypes.c_size_t(NBYTES), pages):
+            raise OSError(ctypes.get_errno(), "mincore")
+        return sum(page & 1 for page in pages) * mmap.PAGESIZE
+
+    def close(self) -> None:
+        del self._first
+        self.mapped.close()
+        os.close(self.fd)
 
 
 @pytest.fixture
@@ -42,8 +53,7 @@ def files(tmp_path: Path) -> Iterator[list[Any]]:
         pytest.skip("files of this folder do not leave the page cache")
     yield files
     for file in files:
-        file.mapped.close()
-        os.close(file.fd)
+        file.close()
 
 
 def test_files_are_read_one_after_the_other(files: list[Any]) -> None:

@@ -25,7 +25,7 @@ from schemathesis.specs.openapi.checks import (
 from elasticmoe.common.protocol.router import Delta, Logprob
 from elasticmoe.services.router.dispatch.dispatcher import Dispatcher
 from elasticmoe.services.router.dispatch.streams import Stream
-from elasticmoe.services.scaler.control.admission import Accepted, Answer, Order, SetPolicy
+from elasticmoe.services.scaler.control.admission import Accepted, CommandAnswer, Order, SetPolicy
 from elasticmoe.services.scaler.policy.record import PolicyRecord
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_scaler_admin import Listener, snapshot_of
@@ -67,7 +67,7 @@ def serving_router(tmp_path_factory: pytest.TempPathFactory) -> App:
 class Accepting(Listener):
     """Takes every order."""
 
-    def _handle(self, order: Any) -> Answer:
+    def _handle(self, order: Any) -> CommandAnswer:
         if isinstance(order, SetPolicy):
             return PolicyRecord(2, order.config, order.config)
         is_dry_run = isinstance(order, Order) and order.is_dry_run

@@ -17,7 +17,7 @@ from elasticmoe.common.protocol.errors import PayloadTooLarge, Unavailable
 from elasticmoe.common.store import Store, Writer
 from elasticmoe.services.scaler.actions import Stage
 from elasticmoe.services.scaler.control import members, reconciler
-from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade, TurnTaken, digest, turn_taken
+from elasticmoe.services.scaler.control.audit_log import AuditRecord, PlanMade, TurnTaken, digest, turn_taken
 from elasticmoe.services.scaler.control.executor import Executor
 from elasticmoe.services.scaler.control.reconciler import reconcile
 from elasticmoe.services.scaler.control.replay import DECISIONS, plan_again, replay
@@ -94,12 +94,12 @@ class Links(FakeLinks):
 def _tell(kind: str, reason: str, /, **facts: str) -> None: ...
 
 
-def differences(decisions: list[Decision]) -> list[str]:
+def differences(decisions: list[AuditRecord]) -> list[str]:
     """What comes out otherwise than it did."""
     return [f"{one.name}: {one.difference}" for one in replay(decisions) if one.difference]
 
 
-def journaled(store: Store) -> list[Decision]:
+def journaled(store: Store) -> list[AuditRecord]:
     """What the store has, oldest first."""
     return store.decisions(DECISIONS)
 
@@ -138,7 +138,7 @@ def test_a_cancelled_operation_too_and_what_is_tidied_up(store: Store, tmp_path:
     assert differences(decisions) == []
 
 
-def turns(decisions: list[Decision]) -> list[TurnTaken]:
+def turns(decisions: list[AuditRecord]) -> list[TurnTaken]:
     return [decision for decision in decisions if isinstance(decision, TurnTaken)]
 
 

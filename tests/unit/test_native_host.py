@@ -117,14 +117,6 @@ def test_pages_are_taken_and_given_back(fd):
     assert caught.value.errno == errno.EBADF
 
 
-def test_residence_is_counted_by_page(fd, space):
-    space.map(0, fd, 0, 8 * PAGE, True)
-    assert host.resident_bytes(space.base, 8 * PAGE) == 0
-    os.pwrite(fd, b"x" * 2 * PAGE, PAGE)
-    assert host.resident_bytes(space.base, 8 * PAGE) == 2 * PAGE
-    assert host.resident_bytes(space.base + PAGE - 5, 10) == 5
-
-
 def test_reading_is_exact(fd, space, tmp_path):
     path = tmp_path / "weights"
     path.write_bytes(bytes(range(256)) * 40)

@@ -205,8 +205,8 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             ),
         ),
     ),
-    "hmm from keeper": (keeper.TO_HMM, (keeper.Kept(("a",)), Ack(), Refused("x", "y", True))),
-    "hmm from rank": (handles.TO_HMM, (handles.Attach(RANK, 1, "host:1", NAME, True), handles.Applied(7))),
+    "hmm from keeper": (keeper.FROM_KEEPER, (keeper.Kept(("a",)), Ack(), Refused("x", "y", True))),
+    "hmm from rank": (handles.FROM_RANK, (handles.Attach(RANK, 1, "host:1", NAME, True), handles.Applied(7))),
     "rank from rank": (
         peer.CODEC,
         (peer.Reserved("r1", NAME, 1, (3, 4), 1), peer.Taken("r1"), Ack(), Refused("unknown_router", "text", False)),

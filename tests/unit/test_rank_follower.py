@@ -33,6 +33,7 @@ from elasticmoe.common.protocol.scaler import Integrity
 from elasticmoe.common.protocol.signals import RankWindow
 from elasticmoe.services.worker.exchange.base import StepAborted
 from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
+from elasticmoe.services.worker.exchange.shm_board import ShmBoard
 from elasticmoe.services.worker.model.batch import Batch, BatchPart
 from elasticmoe.services.worker.rank.follower import FAILED_MAX, Follower
 from elasticmoe.services.worker.rank.rank import Rank
@@ -359,7 +360,7 @@ def boards() -> tuple[Host, ReplicaBoard, ReplicaBoard]:
     buses = [host.join(slot) for slot in range(2)]
     for bus in buses:
         bus.set_replica((0, 1))
-    first, second = (ReplicaBoard(bus, (0, 1)) for bus in buses)
+    first, second = (ShmBoard(bus, (0, 1)) for bus in buses)
     return host, first, second
 
 

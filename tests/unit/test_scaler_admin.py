@@ -37,8 +37,8 @@ from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.control import admission
 from elasticmoe.services.scaler.control.admission import (
     Accepted,
-    Answer,
     CancelOperation,
+    CommandAnswer,
     CommandQueue,
     Later,
     Order,
@@ -71,7 +71,7 @@ def load_of(free: int, total: int, tp: int = 0) -> RankLoad:
 class Loop:
     """A scaler's loop that answers orders with `handle`, in a thread as the real one."""
 
-    def __init__(self, handle: Callable[[Any], Answer]) -> None:
+    def __init__(self, handle: Callable[[Any], CommandAnswer]) -> None:
         self._woken = threading.Event()
         self._ended = False
         self.commands = CommandQueue(self._woken.set, SYSTEM_CLOCK)
@@ -116,7 +116,7 @@ class Listener:
             run_dir,
         )
 
-    def _handle(self, order: Any) -> Answer:
+    def _handle(self, order: Any) -> CommandAnswer:
         self.orders.append(order)
         if isinstance(self.answer, ElasticMoEError):
             raise self.answer

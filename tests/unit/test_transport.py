@@ -120,7 +120,7 @@ def test_peers_of_other_users_are_turned_away(tmp_path: Path, monkeypatch: pytes
         server.poll(300)
         assert server.receive() is None
         stranger.close()
-    channel = fdchannel.connect(tmp_path / "k.sock", "hmm:1", keeper.TO_HMM)
+    channel = fdchannel.connect(tmp_path / "k.sock", "hmm:1", keeper.FROM_KEEPER)
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
     with pytest.raises(Unauthorized, match="peer uid"):
         listener.accept("keeper:1", keeper.TO_KEEPER)
@@ -160,7 +160,7 @@ def test_client_reaches_a_server_that_starts_later(tmp_path: Path) -> None:
 
 def test_descriptors_travel_with_their_message(tmp_path: Path) -> None:
     listener = fdchannel.Listener(tmp_path / "k.sock")
-    ours = fdchannel.connect(tmp_path / "k.sock", "hmm:1", keeper.TO_HMM)
+    ours = fdchannel.connect(tmp_path / "k.sock", "hmm:1", keeper.FROM_KEEPER)
     theirs = listener.accept("keeper:1", keeper.TO_KEEPER)
     assert theirs is not None
     memfd = os.memfd_create("test")
@@ -219,15 +219,15 @@ def test_peer_that_sends_half_a_message_meets_the_deadline(tmp_path: Path) -> No
 def test_a_listener_that_is_not_open_yet_refuses_at_once(tmp_path: Path) -> None:
     listener = fdchannel.Listener(tmp_path / "k.sock", is_open=False)
     with pytest.raises(Unavailable, match="k is not there"):
-        fdchannel.connect(tmp_path / "k.sock", "rank:1", keeper.TO_HMM)
+        fdchannel.connect(tmp_path / "k.sock", "rank:1", keeper.FROM_KEEPER)
     listener.open()
-    fdchannel.connect(tmp_path / "k.sock", "rank:1", keeper.TO_HMM).close()
+    fdchannel.connect(tmp_path / "k.sock", "rank:1", keeper.FROM_KEEPER).close()
     listener.close()
 
 
 def test_nobody_listens(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="nobody is not there"):
-        fdchannel.connect(tmp_path / "nobody.sock", "hmm:1", keeper.TO_HMM)
+        fdchannel.connect(tmp_path / "nobody.sock", "hmm:1", keeper.FROM_KEEPER)
 
 
 def test_fence_refuses_lower_epochs_also_after_a_restart(tmp_path: Path) -> None:

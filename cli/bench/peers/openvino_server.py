@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 STEP_TOKENS_MAX = 512  # of one step, as OpenVINO's own benchmarks have it
 END = None
-Answer = queue.SimpleQueue[list[int] | str | None]  # tokens, or what went wrong
+TokenQueue = queue.SimpleQueue[list[int] | str | None]  # tokens, or what went wrong
 
 
 class Pipeline(Protocol):
@@ -82,14 +82,14 @@ class Batcher:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
-        self._answers: dict[int, Answer] = {}
+        self._answers: dict[int, TokenQueue] = {}
         self._num_asked = 0
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
-    def ask(self, prompt: list[int], num_tokens: int) -> Answer:
+    def ask(self, prompt: list[int], num_tokens: int) -> TokenQueue:
         """A queue of lists of tokens, END behind the last; a text instead where something went wrong."""
-        answer: Answer = queue.SimpleQueue()
+        answer: TokenQueue = queue.SimpleQueue()
         with self._lock:
             self._num_asked += 1
             self._answers[self._num_asked] = answer
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self._stream(self.batcher.ask(prompt, num_tokens))
 
-    def _stream(self, answer: Answer) -> None:
+    def _stream(self, answer: TokenQueue) -> None:
         count = 0
         while (tokens := answer.get()) is not END:
             if isinstance(tokens, str):

@@ -60,9 +60,6 @@ void bind_bus(nb::module_& module) {
       .def("membership", &PyBus::membership)
       .def("join", &PyBus::join, "incarnation"_a)
       .def("leave", [](PyBus& bus) { bus.meeting().leave(); })
-      .def(
-          "incarnation",
-          [](PyBus& bus, int64_t slot) { return bus.slot(slot).incarnation.load(std::memory_order_seq_cst); }, "slot"_a)
       .def("bump_progress",
            [](PyBus& bus) { bus.slot(bus.meeting().slot()).progress.fetch_add(1, std::memory_order_relaxed); })
       .def(
@@ -99,7 +96,6 @@ void bind_bus(nb::module_& module) {
       .def(
           "shortage", [](PyBus& bus, int64_t slot) { return bus.slot(slot).shortage.load(std::memory_order_seq_cst); },
           "slot"_a)
-      .def("barrier", &PyBus::barrier, "generation"_a, "deadline_ms"_a)
       .def("step", &PyBus::step, "generation"_a, "num_tokens"_a, "flags"_a, "deadline_ms"_a)
       .def("idle_wait", &PyBus::idle_wait, "generation"_a, "deadline_ms"_a)
       .def("dispatch", &PyBus::dispatch, "routing"_a, "generation"_a, "x_addr"_a, "ids_addr"_a, "w_addr"_a, "n"_a,

@@ -103,14 +103,6 @@ void bind_pages(nb::module_& module) {
       },
       "addr"_a, "nbytes"_a);
   module.def(
-      "resident_bytes",
-      [](uint64_t addr, int64_t nbytes) {
-        uint64_t resident = 0;
-        without_gil([&] { resident = resident_bytes(addr, natural("nbytes", nbytes)); });
-        return resident;
-      },
-      "addr"_a, "nbytes"_a);
-  module.def(
       "read_into",
       [](int64_t fd, int64_t file_offset, uint64_t addr, int64_t nbytes) {
         uint64_t done = 0;

@@ -105,13 +105,6 @@ class PyBus {
     meeting_.num_cores = replica_.num_cores = checked;
   }
 
-  void barrier(int64_t generation, double deadline_ms) {
-    const auto wanted = natural<uint32_t>("generation", generation);
-    const int64_t deadline = deadline_from_ms(deadline_ms);
-    const Busy busy(*this);
-    block(wanted, [&] { return meeting_.meet(wanted, Kind::barrier, 0, deadline); });
-  }
-
   std::vector<std::tuple<uint32_t, uint32_t, uint32_t>> step(int64_t generation, int64_t num_tokens, int64_t flags,
                                                              double deadline_ms) {
     const auto wanted = natural<uint32_t>("generation", generation);

@@ -247,7 +247,7 @@ bool Meeting::all_arrived() const {
 }
 
 bool Meeting::do_all_agree() const {
-  const bool is_payload_common = met_.kind != Kind::step && met_.kind != Kind::barrier;
+  const bool is_payload_common = met_.kind != Kind::step;
   return every_member(met_.members, [&](uint32_t member) {
     const Publication& publication = arrivals(member).published[met_.count & 1];
     return publication.kind.load(std::memory_order_acquire) == static_cast<uint32_t>(met_.kind) &&

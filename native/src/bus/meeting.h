@@ -39,7 +39,7 @@ struct StepEntry {
 // called again; `interrupted` comes at least every kSliceNs so that the caller can handle signals.
 enum class Outcome { done, aborted, timeout, interrupted, desync };
 
-enum class Kind : uint32_t { none, barrier, step, dispatch, combine, reduce, gather };
+enum class Kind : uint32_t { none, step, dispatch, combine, reduce, gather };
 
 inline constexpr int64_t kSliceNs = 100'000'000;
 
@@ -70,7 +70,7 @@ class Meeting {
   void follow(uint64_t incarnation);
   void leave();
 
-  // Meets the others; `payload` goes to all of them, and must be the same from all but for steps and barriers (else
+  // Meets the others; `payload` goes to all of them, and must be the same from all but for steps (else
   // `desync`). Blocks until the deadline at most, in slices.
   Outcome meet(uint32_t generation, Kind kind, uint64_t payload, int64_t deadline_ns);
   // Meets, and gives what every member said, by slot.

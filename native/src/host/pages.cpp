@@ -118,23 +118,4 @@ uint64_t checksum_memory(uint64_t addr, uint64_t nbytes) {
   return xxh64(pointer<const void>(addr), nbytes);
 }
 
-uint64_t resident_bytes(uint64_t addr, uint64_t nbytes) {
-  require_memory("addr", addr, nbytes);
-  const uint64_t page = page_bytes();
-  const uint64_t end = addr + nbytes;
-  constexpr uint64_t kBatch = 4096;
-  unsigned char residence[kBatch];
-  uint64_t total = 0;
-  for (uint64_t at = addr & ~(page - 1); at < end; at += std::min(kBatch * page, end - at)) {
-    const uint64_t length = std::min(kBatch * page, end - at);
-    if (mincore(pointer<void>(at), length, residence) != 0) throw_errno(errno, "mincore");
-    for (uint64_t index = 0; index * page < length; ++index) {
-      if ((residence[index] & 1) == 0) continue;
-      const uint64_t first = std::max(at + index * page, addr);
-      total += std::min(at + (index + 1) * page, end) - first;
-    }
-  }
-  return total;
-}
-
 }  // namespace elasticmoe

@@ -25,6 +25,5 @@ void read_into(int fd, uint64_t file_offset, uint64_t addr, uint64_t nbytes, uin
 
 void copy_memory(uint64_t dst_addr, uint64_t src_addr, uint64_t nbytes);
 uint64_t checksum_memory(uint64_t addr, uint64_t nbytes);
-uint64_t resident_bytes(uint64_t addr, uint64_t nbytes);
 
 }  // namespace elasticmoe

@@ -20,15 +20,13 @@ from elasticmoe.common.devices.base import Device
 from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, Overloaded
 from elasticmoe.common.protocol.hmm import CopyBlocks
-from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.background import Background, Then
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 from elasticmoe.services.hmm.sessions.attachments import Attached
 
 RUNNING_MAX: Final = 2  # threads at once
 WAITING_MAX: Final = 256
 COPY_BYTES: Final = 1 << 20  # asked of the device at once: also how long a stop may wait
-
-Answer = Callable[[ElasticMoEError | None], None]
 
 
 class _Job:
@@ -40,7 +38,7 @@ class _Job:
         request: CopyBlocks,
         devices: frozenset[str],
         parts: Sequence[tuple[Device, Sequence[tuple[int, int, int]]]],
-        answer: Answer,
+        answer: Then,
         monotonic: Callable[[], float],
     ) -> None:
         self.slots = (request.source_slot, request.target_slot)
@@ -88,7 +86,7 @@ class BlockCopies:
         request: CopyBlocks,
         memories: Sequence[tuple[DeviceMemory, DeviceMemory]],
         geometry: KvGeometry,
-        answer: Answer,
+        answer: Then,
     ) -> None:
         """Begin what `check_ranks` has let pass; `answer` is called when it is over, with None where all was copied.
         `memories`: those of source and target, by tp index.
@@ -115,7 +113,7 @@ class BlockCopies:
         self._waiting.append(_Job(request, devices, parts, answer, self._clock.monotonic))
         self._fill()
 
-    def _is_joined(self, request: CopyBlocks, answer: Answer) -> bool:
+    def _is_joined(self, request: CopyBlocks, answer: Then) -> bool:
         """Whether the same copy is on its way; it is answered then as the first one is. Raises Conflict where it has
         ended."""
         incarnation, number = self._newest.get(request.source_slot, ("", 0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from elasticmoe.common.devices.base import Device, Handle, Range, Space
-from elasticmoe.common.devices.rules import Origin
+from elasticmoe.common.devices.rules import HandleOrigin
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import DeviceError
@@ -13,7 +13,7 @@ from elasticmoe.common.seat_sizes import BusSizes
 from elasticmoe.native.bus import Bus, format_bus
 from elasticmoe.services.hmm.memory.catalog import DeviceEntry, Placed, Span
 
-_Window = tuple[Space, Origin, int]
+_Window = tuple[Space, HandleOrigin, int]
 
 
 class DeviceMemory:

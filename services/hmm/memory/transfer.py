@@ -24,7 +24,7 @@ from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.hmm import RecordCopy
 from elasticmoe.common.seat_sizes import LedgerSizes, size_ledger, size_mailbox
-from elasticmoe.services.hmm.background import Background
+from elasticmoe.services.hmm.background import Background, Then
 from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.hmm.memory.catalog import Loaded, Transition
 from elasticmoe.services.hmm.memory.holdings import Holdings
@@ -35,8 +35,6 @@ _THREADS: Final = 2  # while there is no limit; a joining replica waits for one 
 _PIECE_BYTES: Final = 4 << 20
 _PIECE_BYTES_MIN: Final = 64 << 10  # a multiple of every page size
 _PIECES_PER_S: Final = 20  # at the least, where the limit allows pieces of the smallest size
-
-Then = Callable[[ElasticMoEError | None], None]
 
 
 class HandlePart(NamedTuple):
@@ -72,7 +70,7 @@ class LedgerPart(NamedTuple):
         return self.sizes.nbytes
 
 
-Part = HandlePart | LedgerPart
+ClaimedPart = HandlePart | LedgerPart
 
 
 class Peaks:
@@ -94,7 +92,7 @@ class Transfer:
 
     def __init__(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[ClaimedPart],
         bytes_per_s_max: int,
         peaks: Peaks,
         spec: ModelSpec,
@@ -102,7 +100,7 @@ class Transfer:
     ) -> None:
         self.bytes_done = 0
         self.bytes_total = sum(part.nbytes for part in parts if isinstance(part, HandlePart) and part.copy is not None)
-        by_device: dict[str, list[Part]] = {}
+        by_device: dict[str, list[ClaimedPart]] = {}
         for part in parts:
             by_device.setdefault(part.memory.device.name, []).append(part)
         self._shares = deque(share for some in by_device.values() for share in _shares(some))
@@ -134,7 +132,7 @@ class Transfer:
             self.stop()  # the others' work would be in vain
             raise
 
-    def _make(self, parts: Sequence[Part]) -> None:
+    def _make(self, parts: Sequence[ClaimedPart]) -> None:
         for part in parts:
             if isinstance(part, HandlePart):
                 self._fill(part)
@@ -145,7 +143,7 @@ class Transfer:
             format_pages(part.shared, part.sizes)
         self._read([part for part in parts if isinstance(part, HandlePart) and part.is_read])
 
-    def _pieces(self, part: Part) -> Iterable[tuple[int, int]]:
+    def _pieces(self, part: ClaimedPart) -> Iterable[tuple[int, int]]:
         """(offset, bytes) of each."""
         step = self._piece_bytes
         return ((done, min(step, part.nbytes - done)) for done in range(0, part.nbytes, step))
@@ -188,11 +186,11 @@ class Transfer:
             raise Unavailable("the transition was given up", code="aborted")
 
 
-def _shares(parts: Sequence[Part]) -> list[list[Part]]:
+def _shares(parts: Sequence[ClaimedPart]) -> list[list[ClaimedPart]]:
     """One device's parts in as many shares of about the same size as there are threads; what is read from the
     checkpoint stays together, because files are read from their beginning to their end."""
-    read: list[Part] = [part for part in parts if isinstance(part, HandlePart) and part.is_read]
-    shares: list[list[Part]] = [[] for _ in range(_THREADS)]
+    read: list[ClaimedPart] = [part for part in parts if isinstance(part, HandlePart) and part.is_read]
+    shares: list[list[ClaimedPart]] = [[] for _ in range(_THREADS)]
     sizes = [0] * _THREADS
     made = [part for part in parts if isinstance(part, LedgerPart) or not part.is_read]
     for part in sorted(made, key=lambda part: -part.nbytes):
@@ -203,15 +201,27 @@ def _shares(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 class Supply:
-    """One transfer at a time, and any number of releases. Belongs to the service's loop."""
+    """One transfer at a time, and any number of releases. Belongs to the service's loop.
 
-    def __init__(self, holdings: Holdings, background: Background) -> None:
+    `ledger`: what claims memory for one; `transfer`: what makes that which is claimed.
+    """
+
+    def __init__(
+        self,
+        holdings: Holdings,
+        background: Background,
+        *,
+        ledger: Callable[[str, LedgerSizes], HostShared] = claim_ledger,
+        transfer: Callable[[Sequence[ClaimedPart], int, Peaks, ModelSpec, str], Transfer] = Transfer,
+    ) -> None:
         self._holdings = holdings
         self._background = background
+        self._claim_ledger = ledger
+        self._make_transfer = transfer
         self._transfer: Transfer | None = None  # at work
         self._num_running = 0  # of its threads
         self._failure: ElasticMoEError | None = None
-        self._claims: list[Part] = []  # not settled yet
+        self._claims: list[ClaimedPart] = []  # not settled yet
         self._num_releasing = 0
         self.peaks = Peaks()
         self.bytes_done = 0  # of the latest transfer that is over
@@ -253,7 +263,7 @@ class Supply:
             if transition.before.seat_on(seat.device) is not None:
                 continue
             memory = memories[seat.device]
-            self._claims.append(LedgerPart(memory, claim_ledger(seat.device, ledger), ledger))
+            self._claims.append(LedgerPart(memory, self._claim_ledger(seat.device, ledger), ledger))
             if mailbox_bytes:
                 self._claims.append(HandlePart(memory, memory.claim(mailbox_bytes, "mailbox")))
             self.claim_kv(memory, request.kv_handles[seat.device], loaded)
@@ -275,7 +285,8 @@ class Supply:
 
     def start(self, bytes_per_s_max: int, loaded: Loaded, then: Then) -> None:
         """Let threads make what is claimed; `then` is called in the loop's thread when all have ended."""
-        transfer = Transfer(tuple(self._claims), bytes_per_s_max, self.peaks, loaded.spec, loaded.load.model_path)
+        parts, path = tuple(self._claims), loaded.load.model_path
+        transfer = self._make_transfer(parts, bytes_per_s_max, self.peaks, loaded.spec, path)
         self._transfer, self._num_running, self._failure = transfer, transfer.num_threads, None
 
         def over(result: ElasticMoEError | None) -> None:

@@ -17,7 +17,7 @@ from elasticmoe.common.clock import Clock
 from elasticmoe.common.fdchannel import Channel, Listener, close_all
 from elasticmoe.common.protocol.codec import Message, encode
 from elasticmoe.common.protocol.errors import Conflict, DeviceError, ElasticMoEError, ProtocolError, Unavailable
-from elasticmoe.common.protocol.handles import TO_HMM, Applied, Attach, AttachReply, SeatMemory, ToHmm
+from elasticmoe.common.protocol.handles import FROM_RANK, Applied, Attach, AttachReply, FromRank, SeatMemory
 from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.sessions.handles import Offer, shares
 
@@ -44,7 +44,7 @@ class _Unsent(NamedTuple):
 class _Outbox:
     """Sends whole messages without waiting for the reader. Owns a duplicate of the channel's socket."""
 
-    def __init__(self, channel: Channel[ToHmm], identity: str, clock: Clock) -> None:
+    def __init__(self, channel: Channel[FromRank], identity: str, clock: Clock) -> None:
         """Raises Unavailable `no_descriptors` at the limit of open files."""
         self._clock = clock
         (fd,) = _duplicates((channel.fileno(),))
@@ -107,7 +107,7 @@ class Attached:
     it has mapped. `importer`: as Attach has it. `shared`: ids of the handles that it has, or was sent. `version`: of
     the HMM's view when that was made."""
 
-    def __init__(self, channel: Channel[ToHmm], request: Attach, outbox: _Outbox) -> None:
+    def __init__(self, channel: Channel[FromRank], request: Attach, outbox: _Outbox) -> None:
         self.channel = channel
         self.rank = request.rank
         self.slot = request.slot
@@ -135,7 +135,7 @@ class Attachments:
         self._listener = listener
         self._identity = identity
         self._log = log
-        self._pending: dict[int, tuple[Channel[ToHmm], float]] = {}
+        self._pending: dict[int, tuple[Channel[FromRank], float]] = {}
         self._revision = 0
         self.by_slot: dict[int, Attached] = {}
 
@@ -240,7 +240,7 @@ class Attachments:
             return
         while True:
             try:
-                channel = self._listener.accept(self._identity, TO_HMM)
+                channel = self._listener.accept(self._identity, FROM_RANK)
             except ElasticMoEError as error:
                 self._log.warning("connection refused", code=error.code, reason=error.message)
                 continue
@@ -252,7 +252,7 @@ class Attachments:
                 continue
             self._pending[channel.fileno()] = (channel, now)
 
-    def requests(self, ready: set[int]) -> list[tuple[Channel[ToHmm], Attach]]:
+    def requests(self, ready: set[int]) -> list[tuple[Channel[FromRank], Attach]]:
         """Who asks to be attached; each channel is now the caller's, to `admit` or `refuse`."""
         found = []
         for fd in ready & set(self._pending):
@@ -269,7 +269,7 @@ class Attachments:
             found.append((channel, received.body))
         return found
 
-    def refuse(self, channel: Channel[ToHmm], error: ElasticMoEError) -> None:
+    def refuse(self, channel: Channel[FromRank], error: ElasticMoEError) -> None:
         """Answer Refused and end the connection."""
         channel.refuse(error, deadline_ms=_RECEIVE_MS)
         channel.close()
@@ -279,7 +279,7 @@ class Attachments:
         if slot in self.by_slot:
             raise Conflict(f"slot {slot} is held by {self.by_slot[slot].incarnation}, which is alive")
 
-    def admit(self, channel: Channel[ToHmm], request: Attach, reply: AttachReply, fds: tuple[int, ...]) -> Attached:
+    def admit(self, channel: Channel[FromRank], request: Attach, reply: AttachReply, fds: tuple[int, ...]) -> Attached:
         """Answer; from now on the connection stands for the rank's life. `update` is to send its memory.
 
         Raises Conflict where another rank is attached there; Unavailable when the peer is gone.

@@ -12,7 +12,7 @@ from elasticmoe.common.clock import Clock
 from elasticmoe.common.fdchannel import Channel, close_all, connect
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
-from elasticmoe.common.protocol.keeper import TO_HMM, Fetch, Forget, Keep, Kept
+from elasticmoe.common.protocol.keeper import FROM_KEEPER, Fetch, Forget, Keep, Kept
 from elasticmoe.common.protocol.limits import FDS_MAX
 from elasticmoe.common.protocol.replies import Ack, Refused
 from elasticmoe.common.telemetry import Logger
@@ -53,7 +53,7 @@ class Parking:
 
     def connect(self, *, deadline_ms: int = _CALL_MS) -> None:
         """Connect. Raises Unavailable."""
-        self._channel = connect(self._path, self._identity, TO_HMM, deadline_ms=deadline_ms)
+        self._channel = connect(self._path, self._identity, FROM_KEEPER, deadline_ms=deadline_ms)
         self._num_unanswered = 0
 
     def fetch(self, *, deadline_ms: int = _CALL_MS) -> dict[str, int]:

@@ -29,4 +29,4 @@ class CallArguments(NamedTuple):
     text: str
 
 
-Part = Reasoning | Text | CallStart | CallArguments
+AnswerPart = Reasoning | Text | CallStart | CallArguments

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from elasticmoe.services.router.answer_parsers.parts import CallStart, Part, Reasoning, Text
+from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallStart, Reasoning, Text
 from elasticmoe.services.router.answer_parsers.reasoning import Marks, ReasoningParser
 from elasticmoe.services.router.api.tool_use import ToolUse
 from elasticmoe.services.router.api.turns import Turns
@@ -36,9 +36,9 @@ class AnswerReader:
         self._tools = form.tools.parser(form.tools.schemas) if form.tools else None
         self.num_calls = 0
 
-    def take(self, text: str, *, is_last: bool) -> list[Part]:
+    def take(self, text: str, *, is_last: bool) -> list[AnswerPart]:
         """What of the answer's next piece the client is told."""
-        parts: list[Part] = []
+        parts: list[AnswerPart] = []
         for part in self._thoughts_and_text(text, is_last=is_last):
             if isinstance(part, Text) and self._tools is not None:
                 parts += self._tools.feed(part.text)
@@ -48,9 +48,9 @@ class AnswerReader:
             parts += self._tools.finish()
         return [part for part in parts if self._is_told(part)]
 
-    async def take_all(self, text: str, turns: Turns) -> list[Part]:
+    async def take_all(self, text: str, turns: Turns) -> list[AnswerPart]:
         """What of a long text the client is told, read in pieces, between which others have their turn."""
-        parts: list[Part] = []
+        parts: list[AnswerPart] = []
         for start in range(0, len(text), PIECE_CHARS):
             if start:
                 await turns.wait()
@@ -62,7 +62,7 @@ class AnswerReader:
             return [Text(text)] if text else []
         return self._reasoning.feed(text) + (self._reasoning.finish() if is_last else [])
 
-    def _is_told(self, part: Part) -> bool:
+    def _is_told(self, part: AnswerPart) -> bool:
         if isinstance(part, Reasoning):
             return self._form.tells_reasoning
         if isinstance(part, Text):

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import UNSET
 
 from elasticmoe.common.protocol.errors import ElasticMoEError
-from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Part, Reasoning, Text
+from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallArguments, CallStart, Reasoning, Text
 from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
 from elasticmoe.services.router.api.errors import DONE, failing
 from elasticmoe.services.router.api.front import Front
@@ -160,7 +160,7 @@ class _Message:
         self.thoughts: list[str] = []
         self.calls: list[tuple[str, list[str]]] = []
 
-    def take(self, parts: Sequence[Part]) -> None:
+    def take(self, parts: Sequence[AnswerPart]) -> None:
         """Let it grow."""
         for part in parts:
             match part:

@@ -13,7 +13,7 @@ import msgspec
 
 from elasticmoe.common.http.errors import detail_of
 from elasticmoe.common.protocol.errors import ElasticMoEError
-from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Part, Reasoning, Text
+from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallArguments, CallStart, Reasoning, Text
 from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.generate import Generation
@@ -82,7 +82,7 @@ class ResponsesRenderer:
 
     # ---- items -------------------------------------------------------------------------------------------------------
 
-    def _take(self, part: Part) -> bytes:
+    def _take(self, part: AnswerPart) -> bytes:
         """Let the output grow by a part."""
         match part:
             case Text(text):

@@ -95,6 +95,7 @@ class Stream:
         self._texts: list[str] = []
         self._infos: list[TokenInfo] = []
         self._early: dict[int, Delta] = {}  # by index: they wait for tokens before them
+        self._earlier: set[str] = set()  # ids that it was submitted under before
 
     @property
     def num_tokens(self) -> int:
@@ -123,7 +124,7 @@ class Stream:
 
     def was(self, request_id: str) -> bool:
         """Whether it was submitted under that id, which `restart` has changed since."""
-        return self.num_submits > 1 and self.name in (request_id, request_id.rpartition("~")[0])
+        return request_id in self._earlier
 
     def excuse(self, absence: Absence) -> None:
         """Nothing of it is late by the time in which the router did not listen."""
@@ -137,6 +138,7 @@ class Stream:
         known = self.suspicion
         if known is not None and len(self.submit.prompt) + self.num_tokens > known.reach:
             known = None
+        self._earlier.add(self.submit.request_id)
         self.submit = msgspec.structs.replace(
             self.submit,
             request_id=request_id,

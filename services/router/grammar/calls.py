@@ -16,7 +16,7 @@ from elasticmoe.services.router.answer_parsers.keyed_calls import NAME_CHARS_MAX
 from elasticmoe.services.router.grammar.schema import OPTIONS, read_schema
 from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure
 
-Mark = Callable[[str], str]
+LarkMark = Callable[[str], str]
 """A mark of the model's as Lark has it: a special token, or its text."""
 
 _NOTHING: Final = {"type": "object", "additionalProperties": False}
@@ -63,7 +63,7 @@ def calls_in_json(structure: Structure) -> Structure | None:
     return msgspec.structs.replace(structure, text=text)
 
 
-def lark_of_calls(structure: Structure, mark: Mark) -> str:
+def lark_of_calls(structure: Structure, mark: LarkMark) -> str:
     """One call or several. Raises InvalidRequest."""
     asked = msgspec.json.decode(structure.text, type=ForcedCalls)
     return _Form(asked, structure.param, mark).lark()
@@ -72,7 +72,7 @@ def lark_of_calls(structure: Structure, mark: Mark) -> str:
 class _Form:
     """The rules of one request's calls, as they are written."""
 
-    def __init__(self, asked: ForcedCalls, param: str, mark: Mark) -> None:
+    def __init__(self, asked: ForcedCalls, param: str, mark: LarkMark) -> None:
         self._tools = [(tool, self._schema(tool, param)) for tool in asked.tools]
         self._is_single = asked.is_single
         self._form = asked.form

@@ -11,12 +11,12 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from elasticmoe.common.grammar import FREE_SPELLING
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.services.router.grammar.calls import Mark, json_rule, lark_of_calls, literal
+from elasticmoe.services.router.grammar.calls import LarkMark, json_rule, lark_of_calls, literal
 from elasticmoe.services.router.grammar.schema import DEPTH_MAX, read_schema
 from elasticmoe.services.router.grammar.structure import Structure, Thought, too_large
 
 
-def grammar_of(structure: Structure, thought: Thought | None, mark: Mark) -> str:
+def grammar_of(structure: Structure, thought: Thought | None, mark: LarkMark) -> str:
     """The grammar. Raises InvalidRequest."""
     if structure.kind == "grammar":
         return _with_thought(_own(structure), thought, mark)
@@ -58,7 +58,7 @@ def _own(structure: Structure) -> str:
         raise InvalidRequest(text, code="invalid_grammar", param=structure.param) from None
 
 
-def _with_thought(lark: str, thought: Thought | None, mark: Mark) -> str:
+def _with_thought(lark: str, thought: Thought | None, mark: LarkMark) -> str:
     """A grammar that has its way from the end of the thinking on."""
     if thought is None:
         return FREE_SPELLING + lark

@@ -11,14 +11,14 @@ from elasticmoe.common.protocol.limits import GRAMMAR_BYTES_MAX
 
 CHOICES_MAX = 1_024
 
-Kind = Literal["json", "regex", "choice", "grammar", "calls"]
+StructureKind = Literal["json", "regex", "choice", "grammar", "calls"]
 
 
 class Structure(msgspec.Struct, frozen=True):
     """`text`: a JSON schema, a regular expression, a JSON list of texts, a grammar in Lark or GBNF, or ForcedCalls as
     JSON. `param`: the request's word for it."""
 
-    kind: Kind
+    kind: StructureKind
     text: str
     param: str
 
@@ -47,7 +47,7 @@ class Thought(msgspec.Struct, frozen=True):
     is_inside: bool
 
 
-def structure(kind: Kind, text: str, param: str) -> Structure:
+def structure(kind: StructureKind, text: str, param: str) -> Structure:
     """Raises InvalidRequest for one that is too large to be looked at."""
     check_size(text, param)
     return Structure(kind, text, param)

@@ -18,7 +18,7 @@ from elasticmoe.services.router.text.files import TokenizerFiles
 NAMES: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ADDED_TOKENS_MAX: Final = 65_536
 
-Token = str | AddedToken
+SpecialToken = str | AddedToken
 _FIELDS = frozenset({"content", "single_word", "lstrip", "rstrip", "normalized", "special"})
 
 
@@ -26,8 +26,8 @@ class SpecialTokens(NamedTuple):
     """`named`: by name, the standard names first, then a checkpoint's own (`image_token`). `extra`: without a name.
     `added`: tokens with the place that the files give them, which only orders them."""
 
-    named: dict[str, Token]
-    extra: list[Token]
+    named: dict[str, SpecialToken]
+    extra: list[SpecialToken]
     added: dict[int, AddedToken]
 
     def texts(self) -> dict[str, str]:
@@ -108,7 +108,7 @@ def _legacy(files: TokenizerFiles, init: dict[str, Any], in_tokenizer: list[dict
 def _named_and_extra(
     init: dict[str, Any], by_text: dict[str, AddedToken], added: dict[int, AddedToken]
 ) -> SpecialTokens:
-    named: dict[str, Token] = {}
+    named: dict[str, SpecialToken] = {}
     for name in NAMES:
         if init.get(name) is not None:
             token = _token(init[name], name)
@@ -132,7 +132,7 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, str | AddedToken) or (isinstance(value, dict) and value.get("__type") == "AddedToken")
 
 
-def _token(value: Any, name: str) -> Token:
+def _token(value: Any, name: str) -> SpecialToken:
     """A text, or an object with `content`."""
     return value if isinstance(value, str | AddedToken) else _object(value, name)
 
@@ -149,7 +149,7 @@ def _object(value: Any, name: str) -> AddedToken:
 
 def install(tokenizer: Tokenizer, tokens: SpecialTokens) -> None:
     """Add the tokens, in transformers' order: those with a place, then named ones and extra ones that are missing."""
-    everything: list[Token] = [token for _, token in sorted(tokens.added.items())]
+    everything: list[SpecialToken] = [token for _, token in sorted(tokens.added.items())]
     present = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {str(t) for t in everything}
     for token in [*tokens.named.values(), *tokens.extra]:
         if str(token) not in present and token not in everything:
@@ -158,7 +158,7 @@ def install(tokenizer: Tokenizer, tokens: SpecialTokens) -> None:
     tokenizer.add_tokens([_special_where(token, names) for token in everything])
 
 
-def _special_where(token: Token, names: Iterable[str]) -> AddedToken:
+def _special_where(token: SpecialToken, names: Iterable[str]) -> AddedToken:
     if isinstance(token, str):
         return AddedToken(token, special=True)
     if not token.special and str(token) in names:

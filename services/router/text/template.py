@@ -52,9 +52,9 @@ RESERVED_VARIABLES: Final = frozenset(
 _TAG: Final = "CONTINUE_FINAL_MESSAGE_TAG "  # where the final message ends; its space shows whether spaces are kept
 _ABSENT: Final[Mapping[str, Any]] = {"tools": None, "documents": None}
 _PROBES: Final = ("contentprobeone", "contentprobetwo")
-_LEADS: Final[tuple[tuple[Message, ...], ...]] = ((), ({"role": "system", "content": "x"},))
+_LEADS: Final[tuple[tuple[TemplateMessage, ...], ...]] = ((), ({"role": "system", "content": "x"},))
 
-Message = Mapping[str, Any]
+TemplateMessage = Mapping[str, Any]
 
 
 class _Refused(Exception):
@@ -161,7 +161,7 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[TemplateMessage],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool | str = False,
@@ -187,7 +187,7 @@ class ChatTemplate:
         return _cut(rendered, text)
 
     def _render(
-        self, chat: Sequence[Message], add_generation_prompt: bool, variables: Mapping[str, Any] = _ABSENT
+        self, chat: Sequence[TemplateMessage], add_generation_prompt: bool, variables: Mapping[str, Any] = _ABSENT
     ) -> str:
         known = {**self._constants, **variables, "messages": chat}
         try:
@@ -222,13 +222,13 @@ class ChatTemplate:
         """The template reads lists of parts only, and loses a plain text."""
         return not any(_PROBES[0] in self._try(_PROBES[0], lead) for lead in _LEADS) and self._takes_parts
 
-    def _try(self, content: Any, lead: Sequence[Message]) -> str:
+    def _try(self, content: Any, lead: Sequence[TemplateMessage]) -> str:
         try:
             return self._render([*lead, {"role": "user", "content": content}], True)
         except InvalidRequest:
             return ""
 
-    def _with_content(self, message: Message) -> dict[str, Any]:
+    def _with_content(self, message: TemplateMessage) -> dict[str, Any]:
         """The message as the template reads it: texts joined by line ends where it takes no parts."""
         content = message.get("content")
         if isinstance(content, list) and not self._takes_parts:
@@ -258,7 +258,7 @@ class ChatTemplate:
         """A conversation with a call; empty where its arguments do not come out, or as Python prints an object."""
         tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
         call = {"type": "function", "id": "abcdefghi", "function": {"name": "f", "arguments": arguments}}
-        said: list[Message] = [
+        said: list[TemplateMessage] = [
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": content, "tool_calls": [call]},
             {"role": "tool", "content": "x", "tool_call_id": "abcdefghi"},

@@ -12,9 +12,9 @@ from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.scaler.control.state import DeploymentPhase
 from elasticmoe.services.scaler.operation.operation import (
     Figures,
-    Kind,
+    OperationKind,
+    OperationOutcome,
     OperationPhase,
-    Outcome,
     PhaseTime,
     Planned,
     Request,
@@ -122,9 +122,9 @@ class Operation(msgspec.Struct, frozen=True):
     """One operation: what was asked for, how far it is, and what it has cost."""
 
     op_id: Annotated[str, says("Its name", "op-1f0c2d3e4a5b")]
-    kind: Annotated[Kind, says("What it does")]
+    kind: Annotated[OperationKind, says("What it does")]
     phase: Annotated[OperationPhase, says("`done` or `aborted` when it has ended")]
-    outcome: Annotated[Outcome | None, says("How it ended; null before that")]
+    outcome: Annotated[OperationOutcome | None, says("How it ended; null before that")]
     reason: Annotated[str, says("Why it is in this phase: what it waits for", "slots 2 have not mapped everything")]
     leg: Annotated[int, says("The present leg, from 1")]
     legs: Annotated[int, says("How many it has")]
@@ -165,7 +165,7 @@ class Leg(msgspec.Struct, frozen=True):
 class Plan(msgspec.Struct, frozen=True):
     """What a dry run would do."""
 
-    kind: Annotated[Kind, says("What it does; `none`: the deployment is what is asked for")]
+    kind: Annotated[OperationKind, says("What it does; `none`: the deployment is what is asked for")]
     planned: Annotated[Planned | None, says("The plan in short")]
     legs: Annotated[list[Leg], says("Its steps, in order")]
 

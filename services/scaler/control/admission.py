@@ -37,8 +37,8 @@ from elasticmoe.services.scaler.operation.operation import (
     Accounting,
     CallerTrace,
     Figures,
-    Kind,
     Operation,
+    OperationKind,
     Planned,
     Request,
     can_cancel,
@@ -95,7 +95,7 @@ class Accepted(msgspec.Struct, frozen=True):
     plan: Plan | None = None
 
 
-Answer = Accepted | PolicyRecord
+CommandAnswer = Accepted | PolicyRecord
 
 
 class Later(Exception):
@@ -285,7 +285,7 @@ def accept(
     lost_before: Iterable[str] = (),
 ) -> Operation:
     """The operation that begins with this order; without a plan it is a rebalance."""
-    kind: Kind = plan.kind if plan else "rebalance"
+    kind: OperationKind = plan.kind if plan else "rebalance"
     figures = Figures()
     if plan is not None:
         figures = Figures(bytes_planned=plan.bytes_copied, peak_bytes_planned=plan.peak_bytes)
@@ -358,17 +358,17 @@ class CommandQueue:
         assert isinstance(policy, PolicyRecord), "of an order for a policy"
         return policy
 
-    async def _ask(self, order: Command) -> Answer:
+    async def _ask(self, order: Command) -> CommandAnswer:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(self.put(order)), ANSWER_S_MAX)
         except TimeoutError:
             text = f"the scaler did not answer within {ANSWER_S_MAX:g} s; GET /v1/operations tells what it does"
             raise DeadlineExceeded(text) from None
 
-    def put(self, order: Command) -> Future[Answer]:
+    def put(self, order: Command) -> Future[CommandAnswer]:
         """Hand an order in: what becomes of it, for at most ANSWER_S_MAX. One whose future is cancelled before it is
         carried out is not. Raises Overloaded."""
-        future: Future[Answer] = Future()
+        future: Future[CommandAnswer] = Future()
         try:
             self._queue.put_nowait((order, self._clock.monotonic() + ANSWER_S_MAX, future))
         except Full:
@@ -376,7 +376,7 @@ class CommandQueue:
         self._wake()
         return future
 
-    def serve(self, handle: Callable[[Command], Answer]) -> None:
+    def serve(self, handle: Callable[[Command], CommandAnswer]) -> None:
         """Let `handle` answer all orders that wait. The loop's thread."""
         entries, self._waiting = self._waiting, []
         for entry in entries:
@@ -388,12 +388,12 @@ class CommandQueue:
                 return
             self._serve(entry, handle)
 
-    def _serve(self, entry: _Entry, handle: Callable[[Command], Answer]) -> None:
+    def _serve(self, entry: _Entry, handle: Callable[[Command], CommandAnswer]) -> None:
         order, deadline, future = entry
         # Nobody waits any more for an order that was cancelled meanwhile: it is not carried out.
         if self._clock.monotonic() > deadline or future.cancelled():
             return
-        accepted: Answer | ElasticMoEError
+        accepted: CommandAnswer | ElasticMoEError
         try:
             accepted = handle(order)
         except Later as later:
@@ -414,4 +414,4 @@ class CommandQueue:
             future.set_result(accepted)
 
 
-_Entry = tuple[Command, float, Future[Answer]]  # when nobody waits any more, by the monotonic clock
+_Entry = tuple[Command, float, Future[CommandAnswer]]  # when nobody waits any more, by the monotonic clock

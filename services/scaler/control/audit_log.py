@@ -48,7 +48,7 @@ class TurnTaken(msgspec.Struct, frozen=True, tag="turn-2"):
     commands: tuple[str, ...]
 
 
-Decision = PlanMade | TurnTaken
+AuditRecord = PlanMade | TurnTaken
 
 
 def turn_taken(before: State, seen: Observation, now: float, step: Step[State]) -> TurnTaken:

@@ -30,6 +30,7 @@ from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running
+from elasticmoe.services.scaler.control.executor import Tell
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.operation.operation import Request
 from elasticmoe.services.scaler.planning.plan import Rates, Target
@@ -52,8 +53,6 @@ TELL_AGAIN_S = (
 )
 WINDOWS_MAX = 1_000  # taken in one turn
 ROUTERS_MAX = 64  # expected at once; windows of others are dropped until one is forgotten
-
-Tell = Callable[..., None]
 
 
 class Decided(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ import msgspec
 
 from elasticmoe.common.wording import counted
 from elasticmoe.services.scaler.control.audit_log import (
-    Decision,
+    AuditRecord,
     PlanMade,
     TurnTaken,
     digest,
@@ -22,7 +22,7 @@ from elasticmoe.services.scaler.observation import Step
 from elasticmoe.services.scaler.planning.plan import Plan
 from elasticmoe.services.scaler.planning.planner import plan_way
 
-DECISIONS = msgspec.msgpack.Decoder(Decision)
+DECISIONS = msgspec.msgpack.Decoder(AuditRecord)
 
 
 class Remade(NamedTuple):
@@ -41,7 +41,7 @@ class Remade(NamedTuple):
 def replay_records(records: Iterable[bytes]) -> tuple[list[Remade], int]:
     """The decisions in the journal's records again, oldest first, and how many records are of no form that this release
     knows."""
-    decisions, num_unread = list[Decision](), 0
+    decisions, num_unread = list[AuditRecord](), 0
     for raw in records:
         try:
             decisions.append(DECISIONS.decode(raw))
@@ -50,7 +50,7 @@ def replay_records(records: Iterable[bytes]) -> tuple[list[Remade], int]:
     return list(replay(decisions)), num_unread
 
 
-def replay(decisions: Iterable[Decision]) -> Iterator[Remade]:
+def replay(decisions: Iterable[AuditRecord]) -> Iterator[Remade]:
     """Each decision again. Oldest first: a plan precedes its operation's turns."""
     plans: dict[str, Plan] = {}
     for decision in decisions:

@@ -24,8 +24,8 @@ from elasticmoe.services.scaler.planning.plan import Leg, Plan
 from elasticmoe.services.scaler.planning.rebalance import SequenceMove
 
 OperationPhase = Literal["plan", "prepare", "commit", "migrate", "release", "abort", "done", "aborted"]
-Outcome = Literal["done", "cancelled", "aborted"]
-Kind = Literal["scale_up", "scale_down", "replace", "none", "rebalance"]
+OperationOutcome = Literal["done", "cancelled", "aborted"]
+OperationKind = Literal["scale_up", "scale_down", "replace", "none", "rebalance"]
 
 FINISHED: frozenset[OperationPhase] = frozenset({"done", "aborted"})
 DEADLINE_S = 600.0
@@ -181,7 +181,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     form: Literal[2] = 2
     op_id: str
-    kind: Kind
+    kind: OperationKind
     request: Request
     accepted_unix: float
     deadline_s: float
@@ -275,7 +275,7 @@ def can_cancel(operation: Operation, *, is_durable: bool) -> bool:
     return is_commit_open or operation.phase in ("plan", "prepare", "abort")
 
 
-def outcome(operation: Operation) -> Outcome:
+def outcome(operation: Operation) -> OperationOutcome:
     """How a finished operation ended."""
     if operation.phase == "done":
         return "done"

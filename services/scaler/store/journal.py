@@ -20,7 +20,7 @@ from elasticmoe.common.layout import Layout, Served
 from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced, PayloadTooLarge, Unavailable
 from elasticmoe.common.store import Event, Store, Writer
 from elasticmoe.common.telemetry import get_logger
-from elasticmoe.services.scaler.control.audit_log import Decision, PlanMade
+from elasticmoe.services.scaler.control.audit_log import AuditRecord, PlanMade
 from elasticmoe.services.scaler.operation.operation import Operation
 from elasticmoe.services.scaler.policy.record import PolicyRecord
 from elasticmoe.services.scaler.store.reserve import DiskReserve, bytes_of
@@ -37,7 +37,7 @@ CLOSE_S_MAX = 3.0
 # flushes, and is asked again every RETRY_S; as much again for a busy machine.
 REOPEN_S = 7.0
 
-Mark = tuple[str, tuple[object, ...]]
+StateMark = tuple[str, tuple[object, ...]]
 
 
 class Journal:
@@ -70,8 +70,8 @@ class Journal:
         self._policy: PolicyRecord | None = None
         self._events: deque[Event] = deque(maxlen=EVENTS_QUEUED_MAX)
         self._plans: deque[PlanMade] = deque(maxlen=PLANS_QUEUED_MAX)
-        self._decisions: deque[Decision] = deque(maxlen=DECISIONS_QUEUED_MAX)
-        self._written: Mark | None = None
+        self._decisions: deque[AuditRecord] = deque(maxlen=DECISIONS_QUEUED_MAX)
+        self._written: StateMark | None = None
         self._stored = ""  # what the store's mark is after our own last write
         self._announced = 0
         self._closing = False
@@ -137,7 +137,7 @@ class Journal:
             self._events.append(event)
             self._lock.notify()
 
-    def decision(self, decision: Decision) -> None:
+    def decision(self, decision: AuditRecord) -> None:
         """Keep a decision with what it was made from. Does not block; the oldest unwritten ones fall out beyond
         DECISIONS_QUEUED_MAX. A plan is written before the operation that it is of."""
         with self._lock:
@@ -353,7 +353,7 @@ class Journal:
         elif has_decisions:
             self._write_decision(self._decisions)
 
-    def _write_decision(self, queue: deque[PlanMade] | deque[Decision]) -> None:
+    def _write_decision(self, queue: deque[PlanMade] | deque[AuditRecord]) -> None:
         with self._lock:
             decision = queue[0]
         try:
@@ -365,5 +365,5 @@ class Journal:
                 queue.popleft()
 
 
-def _mark(operation: Operation) -> Mark:
+def _mark(operation: Operation) -> StateMark:
     return operation.op_id, operation.mark

@@ -30,14 +30,14 @@ from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoi
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
-Operation = Callable[[int], None]
+Op = Callable[[int], None]
 """Called with the number of rows N; writes the output that it is bound to."""
 
 StepBatch = Any
 """What the same backend's `check_batch` made of a step's batch. Others look at its `num_rows` alone: how many rows are
 computed, which are the batch's and perhaps some behind them that are nobody's."""
 
-BatchOperation = Callable[[StepBatch], None]
+BatchOp = Callable[[StepBatch], None]
 """Called with the step's batch; writes the output that it is bound to."""
 
 
@@ -77,7 +77,7 @@ class ComputeBackend(ABC):
         device = self.empty(*shape, dtype=dtype)
         return Mirror(device, device if self.is_synchronous else torch.empty(shape, dtype=dtype))
 
-    def download(self, *mirrors: Mirror) -> Operation:
+    def download(self, *mirrors: Mirror) -> Op:
         """The first N rows of each come to its other side; blocks until they, and all that was queued before, are
         there."""
         mirrors = tuple(mirror for mirror in mirrors if mirror.host is not mirror.device)
@@ -91,7 +91,7 @@ class ComputeBackend(ABC):
 
         return run
 
-    def upload(self, mirror: Mirror) -> Operation:
+    def upload(self, mirror: Mirror) -> Op:
         """The first N rows go to the device; those at the host stay as they are until the next fence."""
         if self.is_synchronous:
             return _is_there
@@ -135,7 +135,7 @@ class ComputeBackend(ABC):
         decode are to be computed twice, for what is compiled, allocated and kept then."""
         yield ()
 
-    def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:  # noqa: ARG002 - most keep nothing
+    def section(self, run: BatchOp, rows_max: int) -> BatchOp:  # noqa: ARG002 - most keep nothing
         """What `run` does of a step, of at most `rows_max` rows: it calls this backend's operations alone and looks at
         nothing but the step's batch, so that a backend may keep what it queued and queue that again for a step of the
         same form. An operation that looks at host memory (`embed`) is called outside."""
@@ -146,7 +146,7 @@ class ComputeBackend(ABC):
     @abstractmethod
     def embed(
         self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """out = the rows of the table that the batch's tokens name, times `factor`. The table has the tokens from
         `first` on of a vocabulary of `vocab` (0: it ends with the table); others' rows are zeros. Raises ValueError for
         a token beyond the vocabulary."""
@@ -160,7 +160,7 @@ class ComputeBackend(ABC):
         *,
         bias_W: torch.Tensor | None = None,
         accumulate: bool = False,
-    ) -> Operation:
+    ) -> Op:
         """out = x · w, or out += x · w; with the bias (float32), where there is one, added once more."""
 
     @abstractmethod
@@ -171,17 +171,17 @@ class ComputeBackend(ABC):
         weight_H: torch.Tensor,
         eps: float,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """x += delta (where there is one); out = x / rms(x) * weight."""
 
     @abstractmethod
     def final_norm(
         self, x_NH: torch.Tensor, delta_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_MH: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """out = the norm of x + delta, of the rows whose logits are wanted."""
 
     @abstractmethod
-    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
+    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOp:
         """out = cosines and sines of each row's position, [N, 2, D / 2], for `store_kv` and `store_latent`."""
 
     @abstractmethod
@@ -193,12 +193,12 @@ class ComputeBackend(ABC):
         rope_ND: torch.Tensor,
         norms: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """In place: norm q and k (weights [head_dim], or of all heads of a token together, as `spec.qk_norm` says), cut
         q, k and v to `spec.clip`, rotate q and k; write k and v to the cache."""
 
     @abstractmethod
-    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
+    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOp:
         """out = causal attention of the queries in qkv to the cache."""
 
     @abstractmethod
@@ -211,14 +211,14 @@ class ComputeBackend(ABC):
         rope_ND: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """In place: rotate the last D elements of each query; norm the latent (the first `kv_rank` elements of kv, with
         these weights), rotate the shared key behind it. Write kv to the cache."""
 
     @abstractmethod
     def latent_attention(
         self, spec: LatentAttentionSpec, layer: int, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """out = causal attention of the queries to the cached latents and shared keys.
 
         kv_b [heads x (nope_dim + v_dim), kv_rank] is absorbed: a query is brought to the latents by its head's first
@@ -234,7 +234,7 @@ class ComputeBackend(ABC):
         moe: MoeSpec,
         ids_NK: torch.Tensor,
         weights_NK: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """Scores of x · gate as `moe` says (see MoeSpec); ids (int32) and weights of the top k experts of the best
         groups, best first, of equals the lower id first, of groups as of experts. The bias decides the choice and its
         order, not the weights. A row with NaN gets distinct experts all the same."""
@@ -254,7 +254,7 @@ class ComputeBackend(ABC):
     @abstractmethod
     def feed_forward(
         self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
-    ) -> Operation:
+    ) -> Op:
         """out = w2 · (silu(gate) * up), gate and up the halves of w13 · x: one expert that takes every row."""
 
     @abstractmethod
@@ -266,12 +266,12 @@ class ComputeBackend(ABC):
         gate_1H: torch.Tensor | None,
         width: int,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """out += w2 · (silu(gate) * up), as of `feed_forward`, times sigmoid(x · gate_1H) where there is that gate."""
 
     # ---- what is computed only where a replica has several ranks
 
-    def clear(self, out_NH: torch.Tensor) -> Operation:
+    def clear(self, out_NH: torch.Tensor) -> Op:
         """out = 0."""
 
         def run(n: int) -> None:
@@ -279,7 +279,7 @@ class ComputeBackend(ABC):
 
         return run
 
-    def square(self, x_NC: torch.Tensor, out_NC: torch.Tensor) -> Operation:
+    def square(self, x_NC: torch.Tensor, out_NC: torch.Tensor) -> Op:
         """out = each element of x, squared."""
 
         def run(n: int) -> None:
@@ -289,7 +289,7 @@ class ComputeBackend(ABC):
 
     def scale_by_squares(
         self, x_NW: torch.Tensor, squares_N: torch.Tensor, count: int, weight_W: torch.Tensor, eps: float
-    ) -> Operation:
+    ) -> Op:
         """x = x / sqrt(squares / count + eps) * weight, in place: the RMS norm of rows of which x is a part, by the sum
         of the squares of their `count` elements. Neither x nor squares need be contiguous."""
 
@@ -304,7 +304,7 @@ class ComputeBackend(ABC):
     @abstractmethod
     def whole_number_attention(
         self, layer: int, modulus: int, base: int, kv_NE: torch.Tensor, out_NE: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """Write kv [N, 2 D] to the cache; then, from what that holds, out = the sum of kv[j] * base^(position - j) over
         positions j up to the row's own, modulo `modulus` (below 2^16): exact, so that every cached value counts.
 

@@ -24,7 +24,7 @@ from elasticmoe.services.worker.backends.addresses import (
     stored,
     stored_pair,
 )
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, check_norms
+from elasticmoe.services.worker.backends.base import BatchOp, ComputeBackend, Op, check_norms
 from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice, apply_edits, edit_fields, mask_row
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
@@ -110,7 +110,7 @@ class HostBackend(ComputeBackend):
 
     def embed(
         self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         held, hidden = table_VH.shape
         table, code = stored(table_VH, held, hidden)
@@ -129,7 +129,7 @@ class HostBackend(ComputeBackend):
         *,
         bias_W: torch.Tensor | None = None,
         accumulate: bool = False,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         width, depth = w_WH.shape
         bias = float32(bias_W, width)
@@ -149,7 +149,7 @@ class HostBackend(ComputeBackend):
         weight_H: torch.Tensor,
         eps: float,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
         x, out, weight = activations(x_NH, hidden), activations(out_NH, hidden), float32(weight_H, hidden)
@@ -162,7 +162,7 @@ class HostBackend(ComputeBackend):
 
     def final_norm(
         self, x_NH: torch.Tensor, delta_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_MH: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
         x, delta, out = (activations(tensor, hidden) for tensor in (x_NH, delta_NH, out_MH))
@@ -174,7 +174,7 @@ class HostBackend(ComputeBackend):
 
         return run
 
-    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
+    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOp:
         """See ComputeBackend."""
         inv_freq, out = inverse_frequencies(rope), activations(out_ND, rope.dims)
         dims, amplitude = rope.dims, rope.amplitude
@@ -192,7 +192,7 @@ class HostBackend(ComputeBackend):
         rope_ND: torch.Tensor,
         norms: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         dim, heads, kv_heads, turned = spec.head_dim, spec.num_heads, spec.num_kv_heads, spec.rope
         qkv, rope = activations(qkv_NC, (heads + 2 * kv_heads) * dim), activations(rope_ND, turned.dims)
@@ -219,7 +219,7 @@ class HostBackend(ComputeBackend):
 
         return run
 
-    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
+    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOp:
         """See ComputeBackend."""
         dim, heads, scale = spec.head_dim, spec.num_heads, spec.scale
         qkv = activations(qkv_NC, (heads + 2 * spec.num_kv_heads) * dim)
@@ -239,7 +239,7 @@ class HostBackend(ComputeBackend):
         rope_ND: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         heads, nope_dim, turned = spec.num_heads, spec.nope_dim, spec.rope
         q, kv = activations(q_NQ, spec.query_width), activations(kv_NC, spec.kv.width)
@@ -254,7 +254,7 @@ class HostBackend(ComputeBackend):
 
     def latent_attention(
         self, spec: LatentAttentionSpec, layer: int, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         heads, nope_dim, v_dim, dims, scale = spec.num_heads, spec.nope_dim, spec.v_dim, spec.rope.dims, spec.scale
         q, out = activations(q_NQ, spec.query_width), activations(out_NO, spec.out_width)
@@ -273,7 +273,7 @@ class HostBackend(ComputeBackend):
         moe: MoeSpec,
         ids_NK: torch.Tensor,
         weights_NK: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         hidden, num_experts, top_k = x_NH.shape[1], moe.num_experts, moe.top_k
         x, gate = activations(x_NH, hidden), float32(gate_EH, num_experts, hidden)
@@ -304,7 +304,7 @@ class HostBackend(ComputeBackend):
 
     def feed_forward(
         self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
         x, out = activations(x_NH, hidden), activations(out_NH, hidden)
@@ -326,7 +326,7 @@ class HostBackend(ComputeBackend):
         gate_1H: torch.Tensor | None,
         width: int,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         hidden = x_NH.shape[1]
         x, out, gate = activations(x_NH, hidden), activations(out_NH, hidden), float32(gate_1H, 1, hidden)
@@ -341,7 +341,7 @@ class HostBackend(ComputeBackend):
 
     def whole_number_attention(
         self, layer: int, modulus: int, base: int, kv_NE: torch.Tensor, out_NE: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         kv, out = activations(kv_NE, kv_NE.shape[1]), activations(out_NE, kv_NE.shape[1])
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Ints = npt.NDArray[np.int32]
+Int32s = npt.NDArray[np.int32]
 _SMALLEST: Final = 16  # entries of a field: kernels may count on addresses that are multiples of 16 bytes
 
 
@@ -31,7 +31,7 @@ class SentFields:
         """Before the first send: entries that fields are to have room for."""
         self._least.update(room)
 
-    def send(self, fields: Mapping[str, Ints]) -> dict[str, torch.Tensor]:
+    def send(self, fields: Mapping[str, Int32s]) -> dict[str, torch.Tensor]:
         """The fields on the device, once what is queued is done. Those of the send before it are overwritten: its step
         must be over."""
         if any(len(values) > self._room.get(name, -1) for name, values in fields.items()):

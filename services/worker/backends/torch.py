@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
-from elasticmoe.services.worker.backends.base import BatchOperation, Operation
+from elasticmoe.services.worker.backends.base import BatchOp, Op
 from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend, looked_up
 from elasticmoe.services.worker.backends.torch_batch import TorchBatch, cached, lay_out
 from elasticmoe.services.worker.backends.torch_rows import (
@@ -61,7 +61,7 @@ class TorchBackend(TensorBackend):
 
     def embed(
         self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         self._check(table_VH, (table_VH.shape[0], out_NH.shape[1]), *STORED)
         self._check_rows(out_NH, out_NH.shape[1])
@@ -83,7 +83,7 @@ class TorchBackend(TensorBackend):
         *,
         bias_W: torch.Tensor | None = None,
         accumulate: bool = False,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_linear(x_NH, w_WH, out_NW, bias_W)
         row_H, taken = self.empty(x_NH.shape[1]), self._taken(w_WH)
@@ -105,7 +105,7 @@ class TorchBackend(TensorBackend):
         weight_H: torch.Tensor,
         eps: float,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_norm(weight_H, x_NH, out_NH, *([] if delta_NH is None else [delta_NH]))
         row_H = self.empty(x_NH.shape[1])
@@ -120,7 +120,7 @@ class TorchBackend(TensorBackend):
 
     def final_norm(
         self, x_NH: torch.Tensor, delta_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_MH: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         self._check_norm(weight_H, x_NH, delta_NH, out_MH)
         row_H = self.empty(x_NH.shape[1])
@@ -132,7 +132,7 @@ class TorchBackend(TensorBackend):
 
         return run
 
-    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
+    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOp:
         """See ComputeBackend."""
         inv_freq = inverse_frequencies(rope).to(self.device)
         half = rope.dims // 2
@@ -153,7 +153,7 @@ class TorchBackend(TensorBackend):
         rope_ND: torch.Tensor,
         norms: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
         self._check_store_kv(spec, qkv_NC, rope_ND, norms)
@@ -176,7 +176,7 @@ class TorchBackend(TensorBackend):
 
         return run
 
-    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
+    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOp:
         """See ComputeBackend."""
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
         self._check_attention(spec, qkv_NC, out_NO)
@@ -200,7 +200,7 @@ class TorchBackend(TensorBackend):
         rope_ND: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         heads, rank = spec.num_heads, spec.kv_rank
         self._check_store_latent(spec, q_NQ, kv_NC, rope_ND, norm)
@@ -219,7 +219,7 @@ class TorchBackend(TensorBackend):
 
     def latent_attention(
         self, spec: LatentAttentionSpec, layer: int, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         heads, rank, nope = spec.num_heads, spec.kv_rank, spec.nope_dim
         self._check_latent_attention(spec, q_NQ, kv_b, out_NO)
@@ -247,7 +247,7 @@ class TorchBackend(TensorBackend):
         moe: MoeSpec,
         ids_NK: torch.Tensor,
         weights_NK: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_route(x_NH, gate_EH, bias_E, moe, ids_NK, weights_NK)
         row_H = self.empty(x_NH.shape[1])
@@ -285,7 +285,7 @@ class TorchBackend(TensorBackend):
 
     def feed_forward(
         self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_feed_forward(x_NH, w13, w2, width, out_NH)
         row_H, taken = self.empty(x_NH.shape[1]), self._taken(w13)
@@ -305,7 +305,7 @@ class TorchBackend(TensorBackend):
         gate_1H: torch.Tensor | None,
         width: int,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_feed_forward(x_NH, w13, w2, width, out_NH)
         if gate_1H is not None:
@@ -324,7 +324,7 @@ class TorchBackend(TensorBackend):
 
     def whole_number_attention(
         self, layer: int, modulus: int, base: int, kv_NE: torch.Tensor, out_NE: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         width = kv_NE.shape[1]
         self._check_rows(kv_NE, width)

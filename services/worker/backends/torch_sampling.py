@@ -32,8 +32,8 @@ _JUDGED: Final = 16  # rows at once: sorting takes several times their memory
 
 _DRAWN: Final = ("inverse_temperature", "min_p", "top_k", "top_p", "uniform")  # of Draws
 
-Send = Callable[[Mapping[str, Numbers]], dict[str, torch.Tensor]]
-Fetch = Callable[[torch.Tensor], Numbers]
+SendFields = Callable[[Mapping[str, Numbers]], dict[str, torch.Tensor]]
+FetchNumbers = Callable[[torch.Tensor], Numbers]
 
 
 class Draws(NamedTuple):
@@ -47,7 +47,9 @@ class Draws(NamedTuple):
     is_cut: bool
 
 
-def choose(logits_BV: torch.Tensor, choices: Sequence[TokenChoice], send: Send, fetch: Fetch) -> list[Chosen]:
+def choose(
+    logits_BV: torch.Tensor, choices: Sequence[TokenChoice], send: SendFields, fetch: FetchNumbers
+) -> list[Chosen]:
     """See ComputeBackend. `send` brings numbers to the logits, `fetch` brings them back: each is called once."""
     vocab = logits_BV.shape[1]
     errors = [_error_of(choice) for choice in choices]
@@ -81,7 +83,9 @@ def choose(logits_BV: torch.Tensor, choices: Sequence[TokenChoice], send: Send, 
     ]
 
 
-def judge(logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int, send: Send, fetch: Fetch) -> list[Judged]:
+def judge(
+    logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int, send: SendFields, fetch: FetchNumbers
+) -> list[Judged]:
     """See ComputeBackend."""
     count = min(num_top, logits_NV.shape[1])
     tokens_N = send({"tokens": np.array(tokens, dtype=np.float64)})["tokens"].long()

@@ -22,7 +22,7 @@ from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.failure import is_shortage
 from elasticmoe.services.worker.engine.outcome import Outcome
 from elasticmoe.services.worker.engine.rows import BadRow, read_sequence
-from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.sequence import RequestKey, Sequence
 from elasticmoe.services.worker.engine.trials import guilty_error
 
 log = get_logger("engine")
@@ -102,7 +102,7 @@ class _Claims:
     def __init__(self, engine: Engine) -> None:
         self._size = engine.kv.geometry.block_size
         self._first: dict[int, tuple[Sequence, int]] = {}  # block -> its first owner, and where it has it
-        self._names: set[tuple[bytes, str]] = set()
+        self._names: set[RequestKey] = set()
         self.sequences: list[Sequence] = []
 
     def refusal(self, sequence: Sequence) -> str:

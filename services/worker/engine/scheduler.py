@@ -21,7 +21,7 @@ from elasticmoe.common.wording import counted
 from elasticmoe.services.worker.engine.blocks import BlockManager
 from elasticmoe.services.worker.engine.budget import StepBudget
 from elasticmoe.services.worker.engine.plan import Chunk, Draft, PlanFailed, StepPlan
-from elasticmoe.services.worker.engine.sequence import BlockHold, Sequence
+from elasticmoe.services.worker.engine.sequence import BlockHold, RequestKey, Sequence
 from elasticmoe.services.worker.engine.trial import INNOCENT, Trial
 
 
@@ -44,7 +44,7 @@ class Scheduler:
         self.struck: list[Sequence] = []  # in steps that failed since their last one that was completed
         self.guided: list[Sequence] = []  # with a grammar
         self.unready: list[Sequence] = []  # of these, those that what may follow is not known of
-        self._by_id: dict[tuple[bytes, str], Sequence] = {}
+        self._by_id: dict[RequestKey, Sequence] = {}
         self.recomputed = 0  # tokens whose KV was written before and lost
         self.tokens_uncached = 0  # of those that began to run, tokens to be computed
         self.tokens_cached = 0  # and ones whose KV was found in the prefix cache

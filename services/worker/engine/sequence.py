@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 HEAD_START_S = 60.0
 
+RequestKey = tuple[bytes, str]
+"""Router and request id: names a sequence in the whole deployment."""
+
 
 def head_start_s(priority: int) -> float:
     """Seconds by which a request of that priority counts as if it had come later; earlier where it is negative. Grows

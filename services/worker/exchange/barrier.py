@@ -32,7 +32,7 @@ class StepBarrier(ABC):
 
     @abstractmethod
     def join(self, incarnation: int) -> None:
-        """Take the own slot; a predecessor that still lives is fenced from then on."""
+        """Take the own slot; a predecessor that still lives is fenced from then on. `incarnation`: 64 bits, not 0."""
 
     @abstractmethod
     def leave(self) -> None:

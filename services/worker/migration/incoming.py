@@ -18,14 +18,12 @@ from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.rank import HandOver, Reserve, Unreserve
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.engine.engine import Engine
-from elasticmoe.services.worker.engine.sequence import BlockHold
+from elasticmoe.services.worker.engine.sequence import BlockHold, RequestKey
 
 log = get_logger("migration")
 
 RESERVATION_S = 30.0
 REMEMBERED_MAX = 4096  # sequences taken over, for hand-overs that are repeated
-
-Key = tuple[bytes, str]  # router, request id: names a sequence in the whole deployment
 
 
 class _Reservation:
@@ -47,8 +45,8 @@ class Incoming:
         self._incarnation = seat.incarnation
         self._engine = engine
         self._release = release
-        self._reservations: dict[tuple[str, Key], _Reservation] = {}
-        self._senders: OrderedDict[Key, str] = OrderedDict()  # of what was taken over
+        self._reservations: dict[tuple[str, RequestKey], _Reservation] = {}
+        self._senders: OrderedDict[RequestKey, str] = OrderedDict()  # of what was taken over
         self.taken_over = 0
 
     @property

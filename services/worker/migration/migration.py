@@ -13,8 +13,8 @@ from elasticmoe.common.protocol.peer import Reserved, Taken
 from elasticmoe.common.protocol.pool import StartRank
 from elasticmoe.common.protocol.rank import HandOver, MoveTarget, RankCommand, Reserve, Unreserve
 from elasticmoe.services.worker.engine.engine import Engine
-from elasticmoe.services.worker.engine.sequence import Sequence
-from elasticmoe.services.worker.migration.incoming import REMEMBERED_MAX, Incoming, Key
+from elasticmoe.services.worker.engine.sequence import RequestKey, Sequence
+from elasticmoe.services.worker.migration.incoming import REMEMBERED_MAX, Incoming
 from elasticmoe.services.worker.migration.outgoing import Outgoing
 from elasticmoe.services.worker.migration.targets import Targets
 
@@ -41,7 +41,7 @@ class Migration:
             seat, engine, self._targets, transport, watch=watch, unwatch=unwatch, on_taken=self._note_gone
         )
         self._incoming = Incoming(seat, engine, self.cancel)
-        self._gone: OrderedDict[Key, RankId] = OrderedDict()  # where sequences went, the latest of them
+        self._gone: OrderedDict[RequestKey, RankId] = OrderedDict()  # where sequences went, the latest of them
         self._now = 0.0
         self.handed_over = 0
 

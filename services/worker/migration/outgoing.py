@@ -49,7 +49,7 @@ COPY_BYTES_MAX = 256 << 20  # of one CopyBlocks
 AHEAD_TOKENS = 128  # that a sequence may grow by until it is handed over
 LINK_IDLE_S = 4.0
 
-Stage = Literal["reserving", "ready", "copying", "handing", "draining"]
+TransferStage = Literal["reserving", "ready", "copying", "handing", "draining"]
 
 
 class SequenceTransfer:
@@ -59,7 +59,7 @@ class SequenceTransfer:
     def __init__(self, sequence: Sequence, target: MoveTarget) -> None:
         self.sequence = sequence
         self.target = target
-        self.stage: Stage = "reserving"
+        self.stage: TransferStage = "reserving"
         self.stops = sequence.stops
         self.relocations = 0
         self.place: Reserved | None = None

@@ -13,7 +13,7 @@ import msgspec
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.backends.base import BatchOp, ComputeBackend, Mirror, Op
 from elasticmoe.services.worker.model.program import Program
 
 
@@ -30,7 +30,7 @@ class ResidualStream(NamedTuple):
 class Attention(Protocol):
     """The attention layers of one model: what they share, and what a step does in each."""
 
-    prepare: BatchOperation
+    prepare: BatchOp
     """What is computed once for all layers of a step."""
 
     def write(
@@ -108,7 +108,7 @@ class LatentAttention:
         )
         _write_output(program, backend, self._out_NO, tensors, stream)
 
-    def _queries(self, tensors: dict[str, torch.Tensor], stream: ResidualStream) -> tuple[Operation, ...]:
+    def _queries(self, tensors: dict[str, torch.Tensor], stream: ResidualStream) -> tuple[Op, ...]:
         backend, spec = self._backend, self._spec
         if not spec.q_rank:
             return (backend.linear(stream.x_NH, tensors["q"], self._q_NQ),)

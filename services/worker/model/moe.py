@@ -10,7 +10,7 @@ import torch
 
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.sharding import Shard
-from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Operation
+from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror, Op
 from elasticmoe.services.worker.exchange.base import Exchange
 from elasticmoe.services.worker.model.program import Program
 
@@ -44,7 +44,7 @@ class RoutedExperts:
             x_NH.device, tensors["gate"], tensors.get("gate_bias"), spec.moe, ids_NK.device, weights_NK.device
         )
         self._compute = backend.experts(experts["w13"], experts["w2"], spec.moe, spec.hidden)
-        self._add_shared: Operation | None = None
+        self._add_shared: Op | None = None
         self._partial_NH: Mirror | None = None
         if spec.moe.shared_width:
             w13, w2, gate_1H = tensors["shared_w13"], tensors["shared_w2"], tensors.get("shared_gate")

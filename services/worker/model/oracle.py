@@ -32,7 +32,7 @@ FIRST_PRINTABLE, NUM_PRINTABLE = 32, 95  # bytes; a byte-level tokenizer's ids 0
 CHOSEN_LOGIT = 30.0  # all others are 0
 
 Ints = npt.NDArray[np.int64]
-Reader = Callable[[Ints | EllipsisType], npt.NDArray[np.float32]]
+TensorReader = Callable[[Ints | EllipsisType], npt.NDArray[np.float32]]
 
 
 class StepPace(NamedTuple):
@@ -195,7 +195,7 @@ class OracleModel:
         return whole_MV
 
 
-def _reader(backend: ComputeBackend, tensor: torch.Tensor) -> Reader:
+def _reader(backend: ComputeBackend, tensor: torch.Tensor) -> TensorReader:
     """What lies in `tensor` when it is called, at the indices of the first dimension or all of it, in host memory."""
     if backend.is_synchronous:
         return tensor.numpy().__getitem__

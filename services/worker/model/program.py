@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from elasticmoe.services.worker.backends.base import BatchOperation, ComputeBackend, Operation, StepBatch
+from elasticmoe.services.worker.backends.base import BatchOp, ComputeBackend, Op, StepBatch
 from elasticmoe.services.worker.exchange.base import Exchange
 
 Meeting = Callable[[Exchange, int], None]
@@ -24,14 +24,14 @@ class Program:
         self._backend, self._max_tokens = backend, max_tokens
         # The section that is being written, and whether each takes the number of rows.
         self._open: list[tuple[Callable[[Any], None], bool]] = []
-        self._parts: list[tuple[BatchOperation, Meeting]] = []
-        self._last: BatchOperation = _nothing
+        self._parts: list[tuple[BatchOp, Meeting]] = []
+        self._last: BatchOp = _nothing
 
-    def compute(self, *operations: Operation) -> None:
+    def compute(self, *operations: Op) -> None:
         """Of the step's rows."""
         self._open += [(operation, True) for operation in operations]
 
-    def compute_batch(self, *operations: BatchOperation) -> None:
+    def compute_batch(self, *operations: BatchOp) -> None:
         """Of the step's batch."""
         self._open += [(operation, False) for operation in operations]
 
@@ -50,7 +50,7 @@ class Program:
             meeting(exchange, n)
         self._last(step)
 
-    def _section(self) -> BatchOperation:
+    def _section(self) -> BatchOp:
         operations, self._open = tuple(self._open), []
         if not operations:
             return _nothing

@@ -22,6 +22,7 @@ from elasticmoe.services.worker.exchange.base import Exchange
 from elasticmoe.services.worker.exchange.board import ReplicaBoard
 from elasticmoe.services.worker.exchange.factory import open_exchange
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
+from elasticmoe.services.worker.exchange.shm_board import ShmBoard
 from elasticmoe.services.worker.hmm.link import HmmLink
 from elasticmoe.services.worker.hmm.memory import RankMemory
 from elasticmoe.services.worker.model.registry import Model, build_model
@@ -62,7 +63,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         BackendOptions(config.captured_graphs, _threads(config, cores), seat.activations),
     )
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
-    board = ReplicaBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
+    board = ShmBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
     model = build_model(backend, memory.weights, max_tokens)
     engine = _engine(seat, memory, model, exchange, board, max_tokens) if seat.rank.tp == 0 else None
     failpoint("rank.warm_up")

@@ -10,10 +10,9 @@ from elasticmoe.common.clock import Clock
 from elasticmoe.common.protocol.rank import Submit
 from elasticmoe.common.protocol.router import RankTimes
 from elasticmoe.services.worker.engine.outcome import Outcome
-from elasticmoe.services.worker.engine.sequence import Sequence
+from elasticmoe.services.worker.engine.sequence import RequestKey, Sequence
 
 T = TypeVar("T")
-Key = tuple[bytes, str]  # a router and its name for the request
 
 NOTED_MAX: Final = 4_096  # requests; of older ones nothing is told
 
@@ -30,8 +29,8 @@ class RequestTimes:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._arrived: dict[Key, float] = {}
-        self._begun: dict[Key, _Begun] = {}
+        self._arrived: dict[RequestKey, float] = {}
+        self._begun: dict[RequestKey, _Begun] = {}
 
     @property
     def has_begun(self) -> bool:
@@ -73,7 +72,7 @@ class RequestTimes:
         return told
 
 
-def _put(table: dict[Key, T], key: Key, value: T) -> None:
+def _put(table: dict[RequestKey, T], key: RequestKey, value: T) -> None:
     if len(table) >= NOTED_MAX:
         del table[next(iter(table))]
     table[key] = value

@@ -30,7 +30,7 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
 )
 from elasticmoe.services.worker.backends.accelerator.whole_numbers import WholeNumbers
 from elasticmoe.services.worker.backends.answers import WeightedSum
-from elasticmoe.services.worker.backends.base import BatchOperation, Mirror, Operation
+from elasticmoe.services.worker.backends.base import BatchOp, Mirror, Op
 from elasticmoe.services.worker.backends.sent_fields import SentFields
 from elasticmoe.services.worker.backends.tensors import STORED, TensorBackend, looked_up
 from elasticmoe.services.worker.model.batch import Batch
@@ -83,7 +83,7 @@ class AcceleratorBackend(TensorBackend):
         with self.graphs.warming_up(rows_max) as rows:
             yield rows
 
-    def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:
+    def section(self, run: BatchOp, rows_max: int) -> BatchOp:
         """See ComputeBackend. Fields have room for the largest step: where they move, all is captured anew."""
         if self.graphs.is_capturing:
             by_row = dict.fromkeys(("token_ids", "positions", "blocks", "places", "logit_rows"), rows_max)
@@ -95,7 +95,7 @@ class AcceleratorBackend(TensorBackend):
 
     def embed(
         self, table_VH: torch.Tensor, factor: float, out_NH: torch.Tensor, *, first: int = 0, vocab: int = 0
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         self._check(table_VH, (table_VH.shape[0], out_NH.shape[1]), *STORED)
         self._check_rows(out_NH, out_NH.shape[1])
@@ -119,7 +119,7 @@ class AcceleratorBackend(TensorBackend):
         *,
         bias_W: torch.Tensor | None = None,
         accumulate: bool = False,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_linear(x_NH, w_WH, out_NW, bias_W)
         return self._product(x_NH, w_WH, out_NW, bias=bias_W, accumulate=accumulate)
@@ -134,7 +134,7 @@ class AcceleratorBackend(TensorBackend):
         row_gate: torch.Tensor | None = None,
         is_gated: bool = False,
         accumulate: bool = False,
-    ) -> Operation:
+    ) -> Op:
         """Of one head."""
         product = Product(x_NH[:, None], w_WH[None], out_NW[:, None], bias, row_gate, is_gated, accumulate)
         return lambda n: self._kernels.product(product, n)
@@ -146,7 +146,7 @@ class AcceleratorBackend(TensorBackend):
         weight_H: torch.Tensor,
         eps: float,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_norm(weight_H, x_NH, out_NH, *([] if delta_NH is None else [delta_NH]))
         delta_N1H = None if delta_NH is None else delta_NH[:, None]
@@ -155,13 +155,13 @@ class AcceleratorBackend(TensorBackend):
 
     def final_norm(
         self, x_NH: torch.Tensor, delta_NH: torch.Tensor, weight_H: torch.Tensor, eps: float, out_MH: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         self._check_norm(weight_H, x_NH, delta_NH, out_MH)
         norm = Norm(x_NH[:, None], delta_NH[:, None], weight_H, eps, out_MH[:, None])
         return lambda step: self._kernels.norm(norm, step.num_logits, step.logit_rows)
 
-    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOperation:
+    def rope_table(self, rope: RopeSpec, out_ND: torch.Tensor) -> BatchOp:
         """See ComputeBackend."""
         self._check_rows(out_ND, rope.dims)
         table = RopeTable(inverse_frequencies(rope).to(self.device), rope.amplitude, out_ND)
@@ -175,7 +175,7 @@ class AcceleratorBackend(TensorBackend):
         rope_ND: torch.Tensor,
         norms: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         self._check_store_kv(spec, qkv_NC, rope_ND, norms)
         dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
@@ -205,7 +205,7 @@ class AcceleratorBackend(TensorBackend):
     def _rotation(self, turned_NXD: torch.Tensor, rope_ND: torch.Tensor, rope: RopeSpec) -> Rotation:
         return Rotation(turned_NXD, rope_ND, rope.amplitude, rope.interleaved)
 
-    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOperation:
+    def attention(self, spec: AttentionSpec, layer: int, qkv_NC: torch.Tensor, out_NO: torch.Tensor) -> BatchOp:
         """See ComputeBackend."""
         self._check_attention(spec, qkv_NC, out_NO)
         dim, heads = spec.head_dim, spec.num_heads
@@ -222,7 +222,7 @@ class AcceleratorBackend(TensorBackend):
         rope_ND: torch.Tensor,
         norm: torch.Tensor,
         eps: float,
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         self._check_store_latent(spec, q_NQ, kv_NC, rope_ND, norm)
         turned = q_NQ.view(len(q_NQ), spec.num_heads, -1)[..., spec.nope_dim :], kv_NC[:, None, spec.kv_rank :]
@@ -239,7 +239,7 @@ class AcceleratorBackend(TensorBackend):
 
     def latent_attention(
         self, spec: LatentAttentionSpec, layer: int, q_NQ: torch.Tensor, kv_b: torch.Tensor, out_NO: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         self._check_latent_attention(spec, q_NQ, kv_b, out_NO)
         heads, rank, nope = spec.num_heads, spec.kv_rank, spec.nope_dim
@@ -268,7 +268,7 @@ class AcceleratorBackend(TensorBackend):
         moe: MoeSpec,
         ids_NK: torch.Tensor,
         weights_NK: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_route(x_NH, gate_EH, bias_E, moe, ids_NK, weights_NK)
         logits_NE = self.empty(len(x_NH), moe.num_experts)
@@ -296,7 +296,7 @@ class AcceleratorBackend(TensorBackend):
 
     def feed_forward(
         self, x_NH: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, width: int, out_NH: torch.Tensor
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_feed_forward(x_NH, w13, w2, width, out_NH)
         middle_NI = self.empty(len(x_NH), width)
@@ -311,7 +311,7 @@ class AcceleratorBackend(TensorBackend):
         gate_1H: torch.Tensor | None,
         width: int,
         out_NH: torch.Tensor,
-    ) -> Operation:
+    ) -> Op:
         """See ComputeBackend."""
         self._check_feed_forward(x_NH, w13, w2, width, out_NH)
         if gate_1H is not None:
@@ -333,7 +333,7 @@ class AcceleratorBackend(TensorBackend):
 
     def whole_number_attention(
         self, layer: int, modulus: int, base: int, kv_NE: torch.Tensor, out_NE: torch.Tensor
-    ) -> BatchOperation:
+    ) -> BatchOp:
         """See ComputeBackend."""
         width = kv_NE.shape[1]
         self._check_rows(kv_NE, width)
@@ -348,7 +348,7 @@ class AcceleratorBackend(TensorBackend):
         return run
 
 
-def _one_after_another(*operations: Operation) -> Operation:
+def _one_after_another(*operations: Op) -> Op:
     def run(n: int) -> None:
         for operation in operations:
             operation(n)

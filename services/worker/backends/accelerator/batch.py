@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
+from elasticmoe.services.worker.backends.sent_fields import Int32s, SentFields
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.weights import KvCache
 
@@ -83,5 +83,5 @@ class AcceleratorBatch:
         return made
 
 
-def _padded(values_N: Ints, count: int, value: int = 0) -> Ints:
+def _padded(values_N: Int32s, count: int, value: int = 0) -> Int32s:
     return np.pad(values_N, (0, count - len(values_N)), constant_values=value) if len(values_N) < count else values_N

@@ -18,7 +18,7 @@ import torch
 
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch, Form
-from elasticmoe.services.worker.backends.base import BatchOperation
+from elasticmoe.services.worker.backends.base import BatchOp
 from elasticmoe.services.worker.model.batch import Batch
 
 ROWS_MAX: Final = 64  # of a form: larger steps compute for longer than they take to be queued
@@ -75,7 +75,7 @@ class Graphs:
         """Whether there is anything to record with."""
         return self._recorder is not None
 
-    def section(self, run: BatchOperation, rows_max: int) -> BatchOperation:
+    def section(self, run: BatchOp, rows_max: int) -> BatchOp:
         """See ComputeBackend.section."""
         if self._recorder is None:
             return run
@@ -127,7 +127,7 @@ class Graphs:
 class _Section:
     """Computed as it is the first time that a form comes, for what is compiled and allocated then; then captured."""
 
-    def __init__(self, graphs: Graphs, run: BatchOperation) -> None:
+    def __init__(self, graphs: Graphs, run: BatchOp) -> None:
         self._graphs, self._run = graphs, run
         self._moves = -1
         self._kept: dict[Form, Callable[[], None] | None] = {}

@@ -17,7 +17,7 @@ import torch
 from elasticmoe.common.model_spec import ModelSpec, MoeSpec
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
 from elasticmoe.services.worker.backends.answers import WeightedSum, add_up
-from elasticmoe.services.worker.backends.sent_fields import Ints
+from elasticmoe.services.worker.backends.sent_fields import Int32s
 
 
 class Product(NamedTuple):
@@ -87,7 +87,7 @@ class Route(NamedTuple):
 class RowGroups(NamedTuple):
     """Rows [R, H] sorted by expert: on the host how many each has, on the device what `group_fields` made of that."""
 
-    counts: Ints
+    counts: Int32s
     sent: Mapping[str, torch.Tensor]
 
 
@@ -107,7 +107,7 @@ class Kernels(Protocol):
     def product(self, product: Product, n: int) -> None:
         """See Product."""
 
-    def group_fields(self, counts: Ints) -> Mapping[str, Ints]:
+    def group_fields(self, counts: Int32s) -> Mapping[str, Int32s]:
         """What `expert_products` needs on the device of how many rows each expert has."""
 
     def expert_products(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from elasticmoe.services.worker.backends.accelerator.batch import AcceleratorBatch
-from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
+from elasticmoe.services.worker.backends.sent_fields import Int32s, SentFields
 
 
 class Pieces(NamedTuple):
@@ -76,7 +76,7 @@ def read_layer(step: AcceleratorBatch, layer: int) -> Read:
     return Read(planes[0], planes[-1])
 
 
-def _numbered(starts: np.ndarray[tuple[int, ...], np.dtype[np.int64]], length: int, elements: int) -> Ints:
+def _numbered(starts: np.ndarray[tuple[int, ...], np.dtype[np.int64]], length: int, elements: int) -> Int32s:
     """Numbers of the pieces of stretches of `length` elements."""
     numbers = starts.reshape(-1, 1) // elements + np.arange(length // elements)[None, :]
     return numbers.reshape(-1).astype(np.int32)

@@ -35,7 +35,7 @@ from elasticmoe.services.worker.backends.accelerator.kernels import (
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.attention import LATENT_HEADS, FusedAttention
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.cache import flat, stored_pieces
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.routing import route_rows
-from elasticmoe.services.worker.backends.sent_fields import Ints
+from elasticmoe.services.worker.backends.sent_fields import Int32s
 
 OPERATORS: Final = (
     "npu_fused_infer_attention_score",
@@ -103,7 +103,7 @@ class NpuKernels(Kernels):
         else:
             out.copy_(result)
 
-    def group_fields(self, counts: Ints) -> Mapping[str, Ints]:
+    def group_fields(self, counts: Int32s) -> Mapping[str, Int32s]:
         """See Kernels. The operator takes addresses and numbers of rows from the host."""
         del counts
         return {}

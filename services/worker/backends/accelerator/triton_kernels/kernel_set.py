@@ -41,7 +41,7 @@ from elasticmoe.services.worker.backends.accelerator.triton_kernels.rows import 
 )
 from elasticmoe.services.worker.backends.accelerator.triton_kernels.tiles import expert_tiles, query_tiles
 from elasticmoe.services.worker.backends.answers import WeightedSum
-from elasticmoe.services.worker.backends.sent_fields import Ints, SentFields
+from elasticmoe.services.worker.backends.sent_fields import Int32s, SentFields
 
 PROGRAMS: Final = 256  # of one tile of rows that a product should have: an H200 has 132 multiprocessors
 PART_DEPTH: Final = 256  # at the least
@@ -139,7 +139,7 @@ class TritonKernels(Kernels):
                 BLOCK=block,
             )
 
-    def group_fields(self, counts: Ints) -> Mapping[str, Ints]:
+    def group_fields(self, counts: Int32s) -> Mapping[str, Int32s]:
         """See Kernels."""
         return {"tiles": expert_tiles(counts, ROWS).reshape(-1)}
 

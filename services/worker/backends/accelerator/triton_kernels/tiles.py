@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from elasticmoe.services.worker.backends.sent_fields import Ints
+from elasticmoe.services.worker.backends.sent_fields import Int32s
 
 
-def query_tiles(row_starts_S1: Ints, firsts_S: Ints, block_starts_S1: Ints, each: int) -> Ints:
+def query_tiles(row_starts_S1: Int32s, firsts_S: Int32s, block_starts_S1: Int32s, each: int) -> Int32s:
     """[T, 4] first row, rows, first position and start in the block ids of tiles of up to `each` rows, none of two
     parts."""
     counts_S = np.diff(row_starts_S1)
@@ -29,7 +29,7 @@ def query_tiles(row_starts_S1: Ints, firsts_S: Ints, block_starts_S1: Ints, each
     return tiles_T4.astype(np.int32)
 
 
-def expert_tiles(counts_E: Ints, each: int) -> Ints:
+def expert_tiles(counts_E: Int32s, each: int) -> Int32s:
     """[T, 3] expert, first row and end of tiles of up to `each` rows of one expert; rows are sorted by expert."""
     (expert_T,) = counts_E.nonzero()
     count_T = counts_E[expert_T]
