@@ -122,7 +122,8 @@ accel-test: install
 	  tests/unit/test_sampling_extremes.py tests/unit/test_model_parity.py tests/unit/test_oracle_model.py \
 	  tests/unit/test_tensor_parallel.py
 	$(BIN)/python -m pytest --hardware triton -n 4 $(ARGS) tests/procs/test_oracle.py tests/procs/test_kill_matrix.py \
-	  tests/procs/test_scale.py::test_50_random_resizes_under_32_streams_are_exact
+	  $(addprefix tests/procs/test_scale.py::test_,50_random_resizes_under_32_streams_are_exact \
+	  random_resizes_of_ranks_that_compute_with_torch_are_exact)
 	$(BIN)/python -m tests.hardware.rules
 
 test-sim: install

@@ -396,14 +396,15 @@ def service_of(file: str) -> str:
 
 
 def alias_of(node: ast.stmt) -> str | None:
-    """The name that a statement of a module gives a type: `Name = A | B`, or a subscript such as `Callable[...]`; but
-    not to the bounds of a field, `Annotated[...]`, which are the module's own."""
-    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.BinOp | ast.Subscript):
+    """The name that a statement of a module gives a type: `Name = A | B`, another name, or a subscript such as
+    `Callable[...]`; but not to the bounds of a field, `Annotated[...]`, which are the module's own."""
+    forms = ast.BinOp | ast.Subscript | ast.Name | ast.Attribute
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, forms):
         return None
     if isinstance(node.value, ast.Subscript) and ast.unparse(node.value.value) == "Annotated":
         return None
     (target, *_) = node.targets
-    is_type = isinstance(target, ast.Name) and re.fullmatch("[A-Z]+[a-z][A-Za-z]*", target.id)
+    is_type = isinstance(target, ast.Name) and re.fullmatch("[A-Z]+[a-z][A-Za-z0-9]*", target.id)
     return target.id if is_type else None
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from elasticmoe.cli.arguments import whole
 from elasticmoe.cli.bench.http import ask
 from elasticmoe.cli.children import tied_to_us
 from elasticmoe.cli.endings import run_command
@@ -66,6 +67,11 @@ def add_devices(parser: argparse.ArgumentParser) -> None:
     """The flag that says on what a benchmark's deployments run."""
     text = "such as npu:0-3: the first of them that are needed (default: of the host's)"
     parser.add_argument("--devices", default="", metavar="DEVICES", help=text)
+
+
+def add_tp(parser: argparse.ArgumentParser) -> None:
+    """The flag that says how many devices a replica of a benchmark's deployments has."""
+    parser.add_argument("--tp", type=whole(1), default=1, metavar="N", help="devices of one replica (1)")
 
 
 @contextmanager

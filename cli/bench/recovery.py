@@ -26,7 +26,7 @@ from typing import Any
 import msgspec
 
 from elasticmoe.cli.arguments import number, whole
-from elasticmoe.cli.bench.deployment import Deployment
+from elasticmoe.cli.bench.deployment import Deployment, add_tp
 from elasticmoe.cli.bench.recovery_gaps import gaps_around, gaps_within
 from elasticmoe.cli.bench.report import add_output, provenance, table, write_raw
 from elasticmoe.cli.bench.scaling_methods import Scene, counters
@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--timeout-s", type=number(), default=180.0, help="give up waiting for a start or an answer after that")
     add("--kv-memory", type=parse_size, default=256 << 20, metavar="SIZE", help="of each device")
     add("--seed", type=whole(0), default=1, help="of the requests that are drawn")
+    add_tp(parser)
     add_output(parser)
 
 
@@ -131,7 +132,7 @@ async def _run(args: argparse.Namespace) -> list[Round]:
     # Kills follow one another faster than the limit on crash loops is made for.
     limits = {"rank_restarts_max": 1_000, "rank_restarts_window_s": 0.5}
     settings = {"history": "true", "kv_bytes": args.kv_memory, "max_sequences": 64, **limits}
-    scene = Scene(args.model, (args.replicas, args.replicas), settings, args.timeout_s, args.kv_memory)
+    scene = Scene(args.model, (args.replicas, args.replicas), settings, args.timeout_s, args.kv_memory, tp=args.tp)
     load = Load(Shape("", args.prompt_tokens, args.output_tokens), args.seed)
     rounds: list[Round] = []
     try:
@@ -171,7 +172,7 @@ async def _wait_tokens(load: Load, timeout_s: float) -> None:
 async def _kill(deployment: Deployment, load: Load, fault: str, number: int, args: argparse.Namespace) -> Round:
     ranks = (await deployment.get("/v1/layout"))["ranks"]
     victim = ranks[number % len(ranks)]
-    name = f"r{victim['replica']}t{victim['tp']}" if fault == RANK else ""
+    name = f"r{victim['replica']}t0" if fault == RANK else ""  # streams are its leader's
     pid = victim["pid"] if fault == RANK else deployment.pid(fault)
     if pid is None:
         raise ValueError(f"no process {fault} runs")

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from elasticmoe.cli.arguments import number, whole
-from elasticmoe.cli.bench.deployment import add_devices
+from elasticmoe.cli.bench.deployment import add_devices, add_tp
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
 from elasticmoe.cli.bench.scaling_figures import Bounds, Series
 from elasticmoe.cli.bench.scaling_methods import KINDS
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of every deployment")
     add("--seed", type=whole(0), default=1, help="of the requests that are drawn")
     add_devices(parser)
+    add_tp(parser)
     add_output(parser)
     add("--name", default="scaling", help="of the raw data and the plots")
 
@@ -109,6 +110,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
         kv_bytes=args.kv_memory,
         settings=settings,
         devices=args.devices,
+        tp=args.tp,
     )
 
 

@@ -29,7 +29,7 @@ _LAG_S = 2.0
 @dataclass
 class Scene:
     """Where a method acts. `settings`: of every deployment, fields of common.config by name; `timeout_s`: of each wait;
-    `sizes`: the numbers of replicas that it changes between. `devices`: given to the benchmark.
+    `sizes`: the numbers of replicas that it changes between. `devices`: given to the benchmark; `tp`: of a replica.
     `deployments`: those that exist now."""
 
     model: str
@@ -38,13 +38,15 @@ class Scene:
     timeout_s: float
     kv_bytes: int
     devices: str = ""
+    tp: int = 1
     deployments: list[Deployment] = field(default_factory=list)
     ended: list[Deployment] = field(default_factory=list)
 
-    async def deploy(self, replicas: int, devices: int, *, port: int = 0, **settings: Any) -> Deployment:
-        """Start one more and wait until it serves. Raises ValueError."""
-        where = first_of(self.devices, devices)
-        deployment = Deployment(self.model, replicas, where, port=port, **{**self.settings, **settings})
+    async def deploy(self, replicas: int, most: int, *, port: int = 0, **settings: Any) -> Deployment:
+        """Start one more, with the devices for as many replicas as `most` says, and wait until it serves. Raises
+        ValueError."""
+        where = first_of(self.devices, most * self.tp)
+        deployment = Deployment(self.model, replicas, where, port=port, **{"tp": self.tp, **self.settings, **settings})
         self.deployments.append(deployment)
         return await deployment.ready(self.timeout_s)
 

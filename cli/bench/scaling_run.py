@@ -54,6 +54,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     settings: dict[str, Any]
     devices: str = ""
+    tp: int = 1
 
 
 class Run(msgspec.Struct, frozen=True):
@@ -115,7 +116,7 @@ def make_scene(recipe: Recipe, settings: dict[str, Any]) -> Scene:
     """The scene of one run. The router's history is always on, so that it costs every method the same."""
     fixed = {"history": "true", "kv_bytes": recipe.kv_bytes}
     made = {**fixed, **recipe.settings, **settings}
-    return Scene(recipe.model, recipe.sizes, made, recipe.timeout_s, recipe.kv_bytes, recipe.devices)
+    return Scene(recipe.model, recipe.sizes, made, recipe.timeout_s, recipe.kv_bytes, recipe.devices, recipe.tp)
 
 
 async def capacity_of(recipe: Recipe, seed: int) -> float:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from elasticmoe.cli.arguments import WrongUsage, refuse_beside, whole, wholes
-from elasticmoe.cli.bench.deployment import add_devices, first_of, running
+from elasticmoe.cli.bench.deployment import add_devices, add_tp, first_of, running
 from elasticmoe.cli.bench.peers import command as peers
 from elasticmoe.cli.bench.peers.engines import ENGINES, engines
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
@@ -74,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"other engines, too, each installed in an environment of its own: {', '.join(ENGINES)} (all of them)",
     )
     add_devices(parser)
+    add_tp(parser)
     add_output(parser)
 
 
@@ -83,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     if args.peers is not None:
         for name in ("structured", "traces"):
             refuse_beside(args, name, "--peers")
-        if args.devices:
-            raise WrongUsage("--devices: it has no effect beside --peers")
+        if args.devices or args.tp > 1:
+            raise WrongUsage(f"--{'devices' if args.devices else 'tp'}: it has no effect beside --peers")
         return peers.run(args)
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
@@ -130,9 +131,12 @@ def _tracing(is_on: bool) -> Iterator[dict[str, Any]]:
 
 
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    kinds, devices = _kinds(args), first_of(args.devices, replicas)
+    kinds, devices = _kinds(args), first_of(args.devices, replicas * args.tp)
     results: dict[Workload, list[tuple[Figures, Shares]]] = {kind: [] for kind in kinds}
-    with _tracing(args.traces) as settings, running(model, replicas, devices=devices, **settings) as deployment:
+    with (
+        _tracing(args.traces) as settings,
+        running(model, replicas, devices=devices, tp=args.tp, **settings) as deployment,
+    ):
         with http_client(deployment.url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
         shapes = {False: shape, True: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS})}

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import openai
 import pytest
@@ -18,6 +19,33 @@ from tests.procs.router_harness import RouterProcess, StartRouter, plain_client,
 from tests.procs.scaler_harness import ScalerProcess
 from tests.procs.small_disk import mounted
 from tests.unit.specs import TINY_MIXTRAL
+
+if TYPE_CHECKING:
+    from scripts.browser import Browser
+    from tests.procs.deployment import Deployment
+    from tests.procs.page import Page
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser of the module's own; tests that ask for it are skipped where there is none."""
+    from scripts.browser import Browser  # here: only its tests need selenium
+
+    with Browser(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(deployment: Deployment, browser: Browser) -> Iterator[Page]:
+    """The page of the module's own `deployment`, loaded anew. In the end nothing was warned of."""
+    from tests.procs.page import Page
+
+    page = Page(browser, deployment.admin_url, deployment.token)
+    browser.complaints()
+    browser.forget_requests()
+    page.open(forget=True)
+    yield page
+    page.check_quiet()
 
 
 @pytest.fixture(scope="module")

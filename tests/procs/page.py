@@ -9,6 +9,7 @@ from selenium.webdriver.common.by import By
 
 from scripts.browser import Browser
 
+VIEWS = ("now", "experts", "transition", "decisions", "events", "health")
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 _RUN_AXE = """
 const shown = (node) => `${node.html.slice(0, 160)} ${node.failureSummary.slice(0, 200)}`;

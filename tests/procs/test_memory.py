@@ -93,10 +93,13 @@ def check_large_pages(deployment: Deployment) -> None:
     def told() -> list[int]:
         return [device["large_pages"] for device in deployment.admin("/v1/devices")["devices"]]
 
-    wait_until(lambda: re.search(lines, deployment.log("hmm")), "all have been tried")
-    made, refused = re.findall(lines, deployment.log("hmm"))[-1]
-    # The scaler tells what it last heard: it asks the HMM again within a second.
-    wait_until(lambda: sum(told()) == int(made), f"the scaler tells {made} bytes")
+    def is_told() -> bool:
+        """The scaler tells what it last heard: it asks the HMM again within a second."""
+        made = re.findall(lines, deployment.log("hmm"))
+        return bool(made) and sum(told()) == int(made[-1][0])
+
+    wait_until(is_told, "all have been tried, and the scaler tells what was made")
+    _, refused = re.findall(lines, deployment.log("hmm"))[-1]
     each = told()
     large = sum(each)
     if can_collapse() and refused == "0":

@@ -18,13 +18,12 @@ from scripts.browser import Browser, why_not
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints
-from tests.procs.page import Page, without
+from tests.procs.page import VIEWS, Page, without
 from tests.procs.page_stage import staged
 from tests.procs.waiting import wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 
-VIEWS = ("now", "experts", "transition", "decisions", "events", "health")
 SEEN = """const at = document.activeElement;
 return at === document.body || getComputedStyle(at).outlineStyle !== "none";"""
 DEVICES = 4
@@ -46,22 +45,6 @@ def deployment(model_folder: Any, points: Failpoints) -> Iterator[Deployment]:
     finally:
         points.forget()
         deployment.discard()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(deployment: Deployment, browser: Browser) -> Iterator[Page]:
-    page = Page(browser, deployment.admin_url, deployment.token)
-    browser.complaints()
-    browser.forget_requests()
-    page.open(forget=True)
-    yield page
-    page.check_quiet()
 
 
 def test_the_token_is_asked_for_once_and_stays_in_the_tab(page: Page) -> None:

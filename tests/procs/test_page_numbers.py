@@ -11,13 +11,12 @@ import pytest
 from scripts.browser import Browser, why_not
 from tests.procs.clients import Load
 from tests.procs.deployment import Deployment
-from tests.procs.page import Page
+from tests.procs.page import VIEWS, Page
 from tests.procs.page_stage import staged
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 
 SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
-VIEWS = ("now", "experts", "transition", "decisions", "events", "health")
 _WRITE = """
 const [wanted, done] = arguments;
 import("/page/format.js").then(
@@ -49,12 +48,6 @@ class Written:
         return [[cell if isinstance(cell, str) else next(texts) for cell in row] for row in wanted]
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        yield browser
-
-
 async def _grow_under_load(deployment: Deployment) -> None:
     async with Load(deployment.base_url, clients=4, seed=1):
         await asyncio.to_thread(deployment.scale, replicas=3)
@@ -70,16 +63,6 @@ def deployment(model_folder: Any) -> Iterator[Deployment]:
         deployment.stop()
     finally:
         deployment.discard()
-
-
-@pytest.fixture
-def page(deployment: Deployment, browser: Browser) -> Iterator[Page]:
-    page = Page(browser, deployment.admin_url, deployment.token)
-    browser.complaints()
-    browser.forget_requests()
-    page.open(forget=True)
-    yield page
-    page.check_quiet()
 
 
 def table(page: Page, caption: str) -> list[list[str]] | None:

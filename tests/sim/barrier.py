@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from elasticmoe.services.worker.exchange.barrier import Arrival, BarrierMembership, StepBarrier
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
-from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
+from elasticmoe.services.worker.exchange.board import BLOCKS_MAX, ReplicaBoard, ReplicaPlan
 
 if TYPE_CHECKING:
     from tests.sim.rank import RankProcess
-
-
-BLOCKS_MAX = 1 << 30
 
 
 class Meeting(NamedTuple):

@@ -21,21 +21,21 @@ from elasticmoe.common.layout import Layout, keys_on
 from elasticmoe.common.protocol.codec import Received
 from elasticmoe.common.protocol.handles import Attach
 from elasticmoe.common.protocol.hmm import LoadModel
-from elasticmoe.common.seat_sizes import size_ledger
+from elasticmoe.common.seat_sizes import LedgerSizes, size_ledger
 from elasticmoe.common.sharding import sharded
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.background import Background as HmmBackground
 from elasticmoe.services.hmm.memory.catalog import Catalog, Loaded, Transition
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.large_pages import LargePages
-from elasticmoe.services.hmm.memory.transfer import ClaimedPart, Supply
+from elasticmoe.services.hmm.memory.transfer import ClaimedPart, Peaks, Supply
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.service import Hmm as HmmService
 from elasticmoe.services.hmm.transition.transition import Transitions
 from tests.sim.barrier import Bus
 from tests.sim.heap import Actor
 from tests.sim.hmm_ends import Attachments, Background, Copies, Parking, Server
-from tests.sim.memory import GEOMETRY, PAGE, Memory, RealBytes, SimTransfer, claim_ledger
+from tests.sim.memory import GEOMETRY, PAGE, Memory, RealBytes, SimLedger, SimTransfer
 from tests.sim.store import NotingFence
 from tests.unit.specs import tiny_mixtral_spec
 
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 SPEC = tiny_mixtral_spec(num_local_experts=4, num_hidden_layers=2)
 SPECS = {1: SPEC, 2: sharded(SPEC, 2)}
 """By the ranks of a replica."""
-BLOCKS_MAX = 4096
 CHANNEL_S = 0.003
 SEGMENT = SimpleNamespace(fd=0, nbytes=PAGE)  # stands for the bus in messages
 
@@ -99,7 +98,7 @@ class Hmm(Actor):
                 memory.create_record(key, self._sizes.of(key))
             for _ in range(kv_handles):
                 memory.create_kv(PAGE)
-            memory.ledger = claim_ledger(seat.device, size_ledger(load, PAGE))
+            memory.ledger = memory.claim_ledger(size_ledger(load, PAGE).nbytes)
         footprint = max(sum(memory.device.used.values()) for memory in self.memories.values())
         self.loaded = Loaded(load, self.spec, GEOMETRY, PAGE, load.layout, "memory", footprint, kv_handles, "")
         self.doorbells = dict.fromkeys(load.layout.slots, 0)
@@ -111,7 +110,7 @@ class Hmm(Actor):
         self.attachments = Attachments(self)
         background = Background(self)
         holdings, threads = cast(Holdings, self), cast(HmmBackground, background)
-        self.supply = Supply(holdings, threads, ledger=claim_ledger, transfer=self._transfer)
+        self.supply = Supply(holdings, threads, ledger=self._claim_ledger, transfer=self._transfer)
         self.fence = NotingFence(self.world, "hmm")
         parts: Any = Parts(
             devices="",
@@ -129,12 +128,16 @@ class Hmm(Actor):
         )
         self.service = HmmService(parts)
 
-    def _transfer(self, parts: Sequence[ClaimedPart], *_: object) -> SimTransfer:
-        return SimTransfer(parts, self.sim.rng, self.failure_rate, self.gone.__contains__)
+    def _claim_ledger(self, device: str, sizes: LedgerSizes) -> SimLedger:
+        return self.memories[device].claim_ledger(sizes.nbytes)
+
+    def _transfer(self, parts: Sequence[ClaimedPart], rate: int, peaks: Peaks, *_: object) -> SimTransfer:
+        return SimTransfer(parts, rate, peaks, self.sim.rng, self.failure_rate, self.gone.__contains__)
 
     def start(self) -> None:
         """See elasticmoe.services.hmm.memory.holdings. A new process goes on with what the keeper has."""
-        self.loaded, self.transition, entries, self.doorbells = self._snapshot
+        self.loaded, self.transition, entries, doorbells = self._snapshot
+        self.doorbells = dict(doorbells)
         self._open_memories()
         for entry in entries:
             self.memories[entry.device].fill(entry)
@@ -167,8 +170,9 @@ class Hmm(Actor):
 
     def open_layout(self, layout: Layout) -> None:
         """See elasticmoe.services.hmm.memory.holdings."""
-        for slot in layout.slots:
-            self.doorbells.setdefault(slot, 0)
+        for slot in set(layout.slots) - set(self.doorbells):
+            self.doorbells[slot] = 0
+            self.bus.blocks[slot] = 0
 
     def close_slots(self, slots: set[int]) -> None:
         """See elasticmoe.services.hmm.memory.holdings."""
@@ -186,7 +190,8 @@ class Hmm(Actor):
         name = memory.device.id_of(handle)
         for rank in self.world.ranks.values():
             if rank.seat.device == memory.device.name:
-                self.expect(name not in rank.handles, f"{name} of {memory.device.name} is mapped and given back")
+                text = f"{handle.space} handle {name} of {memory.device.name} is mapped and given back"
+                self.expect(name not in rank.handles, text)
 
     # ---- turns
 

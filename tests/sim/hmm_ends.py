@@ -61,7 +61,7 @@ class _Job(NamedTuple):
     then: Callable[[Any], None]
 
 
-LONGEST_S = {"transfer": 1.0, "release": 0.05}  # others: 0.2
+LONGEST_S = {"transfer": 0.0, "release": 0.05}  # others: 0.2; a transfer says it itself
 
 
 class Background:
@@ -76,7 +76,9 @@ class Background:
         """See elasticmoe.services.hmm.background."""
         job = _Job(name, work, then)
         self._jobs.append(job)
-        self._hmm.after(0.01 + LONGEST_S.get(name, 0.2) * self._hmm.sim.rng.random(), self._end, job)
+        of_transfer = getattr(getattr(work, "__self__", None), "longest_s", None)
+        longest_s = LONGEST_S.get(name, 0.2) if of_transfer is None else of_transfer
+        self._hmm.after(0.01 + longest_s * self._hmm.sim.rng.random(), self._end, job)
 
     def _end(self, job: _Job) -> None:
         if job in self._jobs:

@@ -1,6 +1,6 @@
 """Memory of the HMM: the product's handles of each device over pages that are only counted, real KV, real ledgers.
 
-They outlive every process. What is written to a weight record is not simulated.
+KV and ledgers outlive every process; handles are restored by a new one. What is in a weight record is not simulated.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from elasticmoe.common.devices.rules import DONE, Completion
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.errors import DeviceError, Unavailable
-from elasticmoe.common.seat_sizes import LedgerSizes
 from elasticmoe.native.ledger import Ledger, format_ledger
 from elasticmoe.native.ledger import ledger_bytes as native_ledger_bytes
 from elasticmoe.services.hmm.memory.catalog import DeviceEntry
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
-from elasticmoe.services.hmm.memory.transfer import ClaimedPart, HandlePart, LedgerPart, Transfer
+from elasticmoe.services.hmm.memory.transfer import ClaimedPart, HandlePart, LedgerPart, Peaks, Transfer
 
 PAGE = 4096
 BLOCK_SIZE, BLOCKS_PER_HANDLE = 4, 4
@@ -50,11 +49,14 @@ class RealBytes:
 
 
 class SimLedger(HostShared):
-    """Stands for a ledger's descriptor and mapping: its rows are the device's RealBytes."""
+    """Stands for a ledger's descriptor and mapping: its rows are the device's RealBytes. `living`: those of the device
+    that were not closed."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, living: set[SimLedger]) -> None:
         super().__init__(0)
         self.nbytes = nbytes
+        self._living = living
+        living.add(self)
 
     @property
     def pages(self) -> int:
@@ -63,6 +65,7 @@ class SimLedger(HostShared):
 
     def close(self) -> None:
         """See HostShared."""
+        self._living.discard(self)
 
 
 class SimDevice(Device):
@@ -150,6 +153,16 @@ class Memory(DeviceMemory):
         self.sim_device = SimDevice(name, budget)
         super().__init__(self.sim_device)
         self.real = real
+        self._ledgers: set[SimLedger] = set()
+
+    @property
+    def num_out(self) -> int:
+        """Bytes that are in use or about to be, or not given back yet, be they named by the catalog or not."""
+        return sum(self.device.used.values()) + sum(ledger.nbytes for ledger in self._ledgers)
+
+    def claim_ledger(self, nbytes: int) -> SimLedger:
+        """Memory for one."""
+        return SimLedger(nbytes, self._ledgers)
 
     def address(self, handle: Handle) -> int:
         """See DeviceMemory."""
@@ -158,25 +171,27 @@ class Memory(DeviceMemory):
 
     def fill(self, entry: DeviceEntry) -> None:
         """Take over what the life before has left."""
-        self.restore(entry, SimLedger(entry.ledger_bytes) if entry.ledger_bytes else None)
-
-
-def claim_ledger(device: str, sizes: LedgerSizes) -> SimLedger:
-    """See elasticmoe.services.hmm.memory.ledgers."""
-    del device
-    return SimLedger(sizes.nbytes)
+        self.restore(entry, self.claim_ledger(entry.ledger_bytes) if entry.ledger_bytes else None)
 
 
 class SimTransfer(Transfer):
-    """All parts at once, at the end of the time that its thread takes; it may fail. `is_gone(device)`: whether that
-    device's memory is lost."""
+    """All parts at once, at the end of the time that its thread takes, at most `longest_s`; it may fail.
+    `is_gone(device)`: whether that device's memory is lost."""
 
     num_threads = 1
 
     def __init__(
-        self, parts: Sequence[ClaimedPart], rng: random.Random, failure_rate: float, is_gone: Callable[[str], bool]
+        self,
+        parts: Sequence[ClaimedPart],
+        rate: int,
+        peaks: Peaks,
+        rng: random.Random,
+        failure_rate: float,
+        is_gone: Callable[[str], bool],
     ) -> None:
         self._parts = parts
+        self._peaks = peaks
+        self.longest_s = 1.5 if rate else 0.3
         self._is_gone = is_gone
         self._fails = rng.random() < failure_rate
         self._is_stopped = False
@@ -197,8 +212,13 @@ class SimTransfer(Transfer):
         if self._fails:
             raise Unavailable("the disk is full", code="storage_full")
         for part in self._parts:
+            if isinstance(part, HandlePart) and part.source is not None:
+                source = part.source[1]
+                is_there = source.is_live and source.state == "settled"
+                assert is_there, f"{part.copy} is copied from what is given back"
             if isinstance(part, LedgerPart):
                 assert isinstance(part.memory, Memory), "the simulation's"
                 part.memory.real.format()
             else:
                 part.memory.device.populate(part.handle, 0, part.nbytes)
+            self._peaks.sample(part.memory.device)

@@ -191,7 +191,7 @@ class World:
         before, last = self._was
         self._was = loaded.layout, transition
         for memory in hmm.memories.values():
-            used = sum(memory.device.used.values())
+            used = memory.num_out
             self.expect(used <= memory.device.budget, f"{memory.device.name}: {used} bytes exceed the budget")
         findings = check_integrity(hmm.catalog())
         self.expect(not findings, f"catalog: {findings}")
@@ -254,10 +254,12 @@ class World:
     def _unowned(self) -> str:
         """Says which device has handles that the catalog does not name; empty when none has."""
         for name, memory in self.hmm.memories.items():
-            entry, used = memory.entry(), sum(memory.device.used.values())
-            owned = entry.weights_bytes + entry.kv_bytes + entry.mailbox_bytes
-            if used != owned:
-                return f"{name}: {used} bytes are out, and the catalog names {owned}"
+            entry = memory.entry()
+            owned = entry.weights_bytes + entry.kv_bytes + entry.mailbox_bytes + entry.ledger_bytes
+            if memory.num_out != owned:
+                return f"{name}: {memory.num_out} bytes are out, and the catalog names {owned}"
+            findings = memory.check_integrity()
+            self.expect(not findings, f"{name}: {findings}")
         return ""
 
     def _unrest_of_ranks(self, layout: Layout) -> str:
@@ -267,7 +269,7 @@ class World:
             if rank.rank._lockstep.epoch != layout.epoch:
                 return f"{rank.name} computes by another layout"
             memory = self.hmm.memories[rank.seat.device]
-            if {*memory.records, *map(memory.device.id_of, memory.kv)} != rank.held:
+            if {*map(memory.device.id_of, (*memory.records.values(), *memory.kv))} != rank.handles:
                 return f"{rank.name} has something else mapped than the HMM says"
             self.expect(rank.seat.slot == slot, "a rank is in another slot")
             if isinstance(rank.rank, Follower):

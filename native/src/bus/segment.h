@@ -16,7 +16,7 @@ namespace elasticmoe::bus {
 inline constexpr uint32_t kMaxRanks = 64;
 inline constexpr uint32_t kMaxTopK = 256;
 inline constexpr uint64_t kMagic = 0x31535542454F4D45;  // "EMOEBUS1"
-inline constexpr uint32_t kVersion = 5;
+inline constexpr uint32_t kVersion = 6;
 inline constexpr size_t kLine = 64;
 inline constexpr uint32_t kNumEntries = 4;
 

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from elasticmoe.common.described import says
 from elasticmoe.common.protocol.errors import ConfigError
-from elasticmoe.common.protocol.limits import DEVICES_MAX
+from elasticmoe.common.protocol.limits import DEVICES_MAX, RANKS_MAX
 from elasticmoe.common.wording import read
 
 Mode = Literal["off", "advise", "act"]
@@ -35,7 +35,7 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attainment_over_s: Annotated[Seconds, says("Over so many seconds")] = 300.0
     quantile: Annotated[Share, says("Of the time to the first token that is watched")] = 0.95
     replicas_min: Annotated[Replicas, says("The fewest replicas")] = 1
-    replicas_max: Annotated[Replicas, says("The most replicas")] = DEVICES_MAX
+    replicas_max: Annotated[Replicas, says("The most replicas")] = RANKS_MAX
     kv_share_max: Annotated[
         Share, says("Used share of the fullest rank's KV above which sequences wait or are computed anew")
     ] = 0.85

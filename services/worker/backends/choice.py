@@ -6,7 +6,7 @@ Shape suffixes: B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,14 +14,15 @@ import torch
 
 from elasticmoe.common.protocol.rank import Sampling
 
+if TYPE_CHECKING:
+    from elasticmoe.common.grammar import Bits
+
 LARGEST: Final = 3e38  # of a logit that was changed, either sign
 NEVER: Final = -3.4e38  # the logit of a token that may not come: finite, as all logits must be, less than any that may
 
 TEMPERATURES: Final = (1e-6, 1e6)
 
 Numbers = npt.NDArray[np.float64]
-Bits = bytearray
-"""One bit for each token id, the lowest of a byte first."""
 
 
 class Edits(NamedTuple):

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from functools import lru_cache, partial
-from typing import Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 import torch
 
@@ -26,8 +26,11 @@ from elasticmoe.common.protocol.limits import LOGPROB_MIN
 from elasticmoe.common.protocol.rank import Sampling, Submit
 from elasticmoe.common.protocol.router import Logprob
 from elasticmoe.services.worker.backends.base import ComputeBackend
-from elasticmoe.services.worker.backends.choice import Bits, Chosen, Edits, Judged, TokenChoice
+from elasticmoe.services.worker.backends.choice import Chosen, Edits, Judged, TokenChoice
 from elasticmoe.services.worker.engine.failure import failure_of
+
+if TYPE_CHECKING:
+    from elasticmoe.common.grammar import Bits
 
 GREEDY_BELOW = 1e-5  # temperatures that float32 logits would overflow under choose the greatest logit
 

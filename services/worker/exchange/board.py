@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from elasticmoe.services.worker.model.batch import Batch
+
+BLOCKS_MAX: Final = 1 << 30
+"""More than any cache has."""
 
 Moves = tuple[tuple[int, int], ...]
 """KV blocks that get another place: (old, new)."""
@@ -62,7 +65,7 @@ class ReplicaBoard(ABC):
     @abstractmethod
     def tell_blocks(self, num_blocks: int) -> None:
         """As the leader: blocks from this number on are not given out. As a follower: nor are they mapped here. What
-        was said outlives the rank, as KV does."""
+        was said outlives the rank, as KV does, until the HMM gives its slot to another seat."""
 
     @property
     @abstractmethod
@@ -72,5 +75,5 @@ class ReplicaBoard(ABC):
     @property
     @abstractmethod
     def blocks_of_followers(self) -> int:
-        """How many all followers have mapped, as far as they have said. Who has not said anything has not come yet:
-        without it there is no step."""
+        """How many all followers have mapped, as far as they have said; BLOCKS_MAX where none has. Who has not said
+        anything has not come yet: without it there is no step."""

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from elasticmoe.native.bus import Bus, BusAborted
 from elasticmoe.services.worker.exchange.base import StepAborted
-from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
-
-_BLOCKS_MAX = 1 << 30  # more than any cache has
+from elasticmoe.services.worker.exchange.board import BLOCKS_MAX, ReplicaBoard, ReplicaPlan
 
 
 class ShmBoard(ReplicaBoard):
@@ -43,4 +41,4 @@ class ShmBoard(ReplicaBoard):
     def blocks_of_followers(self) -> int:
         """See ReplicaBoard."""
         told = [blocks for slot in self._followers if (blocks := self._bus.kv_blocks(slot))]
-        return min(told, default=_BLOCKS_MAX)
+        return min(told, default=BLOCKS_MAX)
