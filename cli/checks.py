@@ -34,7 +34,6 @@ from elasticmoe.common.machine import available_bytes
 from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.seat_sizes import size_ledger, size_mailbox
-from elasticmoe.common.store import store_of
 from elasticmoe.common.wording import counted
 
 _DISK_BYTES_MIN = 64 * 1024 * 1024
@@ -62,6 +61,8 @@ def check_store(settings: Settings) -> None:
     """A store that --store names answers. Raises Unavailable; ConfigError for a URL that cannot be read."""
     if not settings.scaler.store_url:
         return
+    from elasticmoe.common.store import store_of  # here: the client is a quarter of what `up` imports otherwise
+
     store = store_of(settings.scaler, "elasticmoe")
     try:
         store.ping()
@@ -74,6 +75,8 @@ def check_store(settings: Settings) -> None:
 def layout_left(settings: Settings) -> Layout | None:
     """The layout that the store says was committed last. None where there is none, where an operation that was cut off
     may have committed another one, and where the store's answer is for the scaler to refuse."""
+    from elasticmoe.common.store import store_of
+
     store = store_of(settings.scaler, "elasticmoe")
     try:
         is_cut_off = store.get_operation(msgspec.msgpack.Decoder(msgspec.Raw)) is not None

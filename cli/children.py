@@ -25,16 +25,18 @@ _LOG_LINE_CHARS_MAX = 400
 class ChildSpec:
     """A process that the launcher keeps running.
 
-    `argv[0]` is an absolute path. `grace_s`: seconds between SIGTERM and SIGKILL. `awaits`: a Unix socket that must
-    exist before the next child is started; None: start the next at once. `sockets`: names of the launcher's listening
-    sockets that it serves. `is_vital`: without it nobody is served, so a deployment in which it does not stay up ends.
-    `is_outlived`: what it started may go on without it, and is ended after it when the deployment stops.
+    `argv[0]` is an absolute path. `grace_s`: seconds between SIGTERM and SIGKILL. `awaits`: the Unix socket at which it
+    answers, where others wait for that; `after`: names of children that have to answer before it starts. `sockets`:
+    names of the launcher's listening sockets that it serves. `is_vital`: without it nobody is served, so a deployment
+    in which it does not stay up ends. `is_outlived`: what it started may go on without it, and is ended after it when
+    the deployment stops.
     """
 
     name: str
     argv: tuple[str, ...]
     grace_s: float = 10.0
     awaits: Path | None = None
+    after: tuple[str, ...] = ()
     sockets: tuple[str, ...] = ()
     is_vital: bool = False
     is_outlived: bool = False

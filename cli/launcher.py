@@ -31,6 +31,7 @@ from elasticmoe.common.wording import counted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROBE_INTERVAL_S = 0.1
+_ANSWER_INTERVAL_S = 0.02  # of those that others start after: they take a tenth of a second
 _IDLE_S = LOOK_S  # nothing is due but a look at the logs; an exit or a signal wakes us
 _KILL_SECONDS_MAX = 10.0
 _STRAY_GRACE_S = 1.0  # of processes that nobody is known to leave behind
@@ -51,7 +52,8 @@ class Probing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. `answers(spec)`: whether the process that `spec.awaits` a socket for can be used.
+    """What to run; it stops in the reverse order. `answers(spec)`: whether the process can be used: one that nobody
+    starts after always can.
 
     `record`: called with the state, the living processes and those that are to be started again at each change, and
     again after a while where it answers that it could not write them. `listeners`: sockets that children serve, by
@@ -128,11 +130,7 @@ class Launcher:
         """
         take_in_orphans()
         deadline = time.monotonic() + self._plan.ready_seconds_max
-        for spec in self._plan.specs:
-            self._console.progress(f"starting {spec.name}")
-            self._spawn(spec.name)
-            while spec.awaits is not None and not self._plan.answers(spec):
-                self._pause(deadline, f"{spec.name} did not answer")
+        self._start_all(deadline)
         phase = "the deployment was not ready"
         while (progress := self._plan.probe.progress()) is not None:
             self._console.progress(progress.phase, progress.bytes_done, progress.bytes_total)
@@ -144,10 +142,24 @@ class Launcher:
         self.has_served = True
         self._record()
 
-    def _pause(self, deadline: float, text: str) -> None:
+    def _start_all(self, deadline: float) -> None:
+        """Each child as soon as those answer that it starts after."""
+        waiting, silent = list(self._plan.specs), set(self._specs)
+        while True:
+            silent -= {name for name in silent & set(self._children) if self._plan.answers(self._specs[name])}
+            for spec in [spec for spec in waiting if silent.isdisjoint(spec.after)]:
+                self._console.progress(f"starting {spec.name}")
+                self._spawn(spec.name)
+                waiting.remove(spec)
+            if not waiting:
+                return
+            late = {name for spec in waiting for name in spec.after} & silent & set(self._children)
+            self._pause(deadline, f"{', '.join(sorted(late))} did not answer", _ANSWER_INTERVAL_S)
+
+    def _pause(self, deadline: float, text: str, seconds: float = _PROBE_INTERVAL_S) -> None:
         if time.monotonic() > deadline:
             raise DeadlineExceeded(f"{text} within {self._plan.ready_seconds_max:g} s", code="start_timeout")
-        self._turn(_PROBE_INTERVAL_S)
+        self._turn(seconds)
         if self._num_signals:
             raise StopRequested
 

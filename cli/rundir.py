@@ -14,7 +14,7 @@ from elasticmoe.common.config import Common, make_run_dirs
 from elasticmoe.common.private import is_private, make_private, read_private
 from elasticmoe.common.protocol.errors import ConfigError, Conflict
 from elasticmoe.common.record import FILE_NAME
-from elasticmoe.common.store import PASSWORDS
+from elasticmoe.common.store_access import PASSWORDS
 
 ADMIN_TOKEN = "admin.token"
 _LOCK = "launcher.lock"  # also the mark of a directory that we made and may clear

@@ -45,7 +45,7 @@ from elasticmoe.common.record import (
     write_record,
 )
 from elasticmoe.common.record import FILE_NAME as RECORD
-from elasticmoe.common.store import PASSWORDS, WRITER
+from elasticmoe.common.store_access import PASSWORDS, WRITER
 from elasticmoe.common.tracing.opening import check_tracing
 from elasticmoe.common.transport import describe
 
@@ -345,7 +345,7 @@ def _plan(
         return True
 
     return Plan(
-        specs=process_specs(resolved),
+        specs=process_specs(resolved, is_resuming=is_resuming),
         environment=settings.child_environment(resolved),
         directory=run_path,
         probe=probe,

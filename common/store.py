@@ -42,6 +42,7 @@ from elasticmoe.common.config import Common
 from elasticmoe.common.layout import Layout, Served
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError, Fenced, PayloadTooLarge, Unavailable
+from elasticmoe.common.store_access import PASSWORDS, READER, WRITER
 from elasticmoe.common.wording import undecodable
 
 EVENTS_MAX = 10_000
@@ -135,13 +136,6 @@ _FROM_THE_FIRST = "0-0"
 _layouts = msgspec.msgpack.Decoder(Layout)
 _served = msgspec.msgpack.Decoder(Served)
 _events = msgspec.msgpack.Decoder(Event)
-
-
-# Users of the embedded server, each with a secret of its own: who only follows layouts can read them and nothing else.
-WRITER, READER = "default", "reader"
-PASSWORDS = {WRITER: "store.password", READER: "store-reader.password"}
-READER_KEYS = ("layout", "epoch", "layouts")
-READER_COMMANDS = ("get", "xread", "ping", "hello", "auth", "client|setname", "client|setinfo")
 
 
 def store_url(config: Common, user: str = WRITER) -> str:

@@ -46,7 +46,7 @@ class Scene:
         """Start one more, with the devices for as many replicas as `most` says, and wait until it serves. Raises
         ValueError."""
         where = first_of(self.devices, most * self.tp)
-        deployment = Deployment(self.model, replicas, where, port=port, **{"tp": self.tp, **self.settings, **settings})
+        deployment = Deployment(self.model, replicas, where, port=port, **{**self.settings, **settings, "tp": self.tp})
         self.deployments.append(deployment)
         return await deployment.ready(self.timeout_s)
 

@@ -39,7 +39,7 @@ from elasticmoe.common.transport import Client, new_identity
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 
 STATUS_MS = 5_000
-_SERIES = ("model", "replicas", "answers", "traced")
+_SERIES = ("model", "replicas", "tp", "answers", "traced")
 _PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "likes": {"enum": ["tea", "coffee"]}},
@@ -148,11 +148,11 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
                 num, seed = max(n * args.requests_per_client, 2), 1 + turn * 1_000 + kinds.index(kind)
                 work = run_clients(deployment.url, shapes[kind.is_json], n, num, seed, traceparent=kind.traceparent)
                 results[kind].append((figures(asyncio.run(work), n), _shares(deployment.run_dir, replicas)))
-    return [_summary(model, replicas, rounds, kind) for kind, rounds in results.items()]
+    return [_summary(model, replicas, args.tp, rounds, kind) for kind, rounds in results.items()]
 
 
 def _shares(run_dir: Path, replicas: int) -> Shares:
-    """The largest shares over the ranks (see RankStatus), averages over their last steps."""
+    """The largest shares over the leaders of replicas (see RankStatus), averages over their last steps."""
     shares: list[Shares] = []
     for replica in range(replicas):
         path = run_dir / "sockets" / f"rank-r{replica}t0.sock"
@@ -169,13 +169,14 @@ def _shares(run_dir: Path, replicas: int) -> Shares:
 
 
 def _summary(
-    model: str, replicas: int, rounds: list[tuple[Figures, Shares]], kind: Workload
+    model: str, replicas: int, tp: int, rounds: list[tuple[Figures, Shares]], kind: Workload
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)
     row = {
         "model": Path(model).name,
         "replicas": replicas,
+        "tp": tp,
         "concurrency": best.concurrency,
         "answers": "JSON" if kind.is_json else "any",
         "traced": "yes" if kind.is_traced else "no",
@@ -188,7 +189,7 @@ def _summary(
         "waiting %": min(waiting for _, (_, waiting) in rounds) * 100,
         "failed": sum(item.failed for item in found),
     }
-    facts = {"model": Path(model).name, "replicas": replicas, "answers": row["answers"], "traced": row["traced"]}
+    facts = {name: row[name] for name in _SERIES}
     raw = {**facts, "rounds": [msgspec.to_builtins(item) for item in rounds]}
     return row, raw
 
@@ -209,7 +210,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
             [r["concurrency"] for r in mine],
             [r["tokens/s best"] for r in mine],
             "o-",
-            label=f"{key[0]}, replicas: {key[1]}, answers: {key[2]}, traced: {key[3]}",
+            label=f"{key[0]}, replicas: {key[1]}, tp: {key[2]}, answers: {key[3]}, traced: {key[4]}",
         )
     axes.set(xlabel="concurrent requests", ylabel="tokens per second", xscale="log", ylim=(0, None))
     axes.legend()

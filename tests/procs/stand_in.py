@@ -50,11 +50,11 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
     from elasticmoe.cli.settings import Settings
     from elasticmoe.cli.supervisor import Limits
 
-    def process_specs(settings: Settings) -> list[ChildSpec]:
+    def process_specs(settings: Settings, *, is_resuming: bool) -> list[ChildSpec]:
         return [
             store_spec(settings.scaler)
             if behaviour == "store"
-            else next(spec for spec in real_specs(settings) if spec.name == name)
+            else next(spec for spec in real_specs(settings, is_resuming=is_resuming) if spec.name == name)
             if behaviour == "real"
             else ChildSpec(
                 name,
@@ -62,6 +62,7 @@ def elasticmoe(behaviours: dict[str, str], argv: list[str]) -> int:
                 _GRACE_S.get(name, _STUBBORN_GRACE_S if behaviour == "stubborn" else _GRACE_S_DEFAULT),
                 sockets={"scaler": (ADMIN, ADMIN_LOCAL), "router": (ROUTER,)}.get(name, ()),
                 is_vital=name == "router",
+                after=("store",) if "store" in behaviours else (),
             )
             for name, behaviour in behaviours.items()
         ]

@@ -17,7 +17,7 @@ import redis
 
 from elasticmoe.cli import container
 from elasticmoe.common.config import environment_of
-from elasticmoe.common.store import PASSWORDS, READER
+from elasticmoe.common.store_access import PASSWORDS, READER
 from tests.procs.waiting import free_port, processes_of, wait_until
 
 pytestmark = pytest.mark.procs

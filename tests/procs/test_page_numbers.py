@@ -161,7 +161,7 @@ def test_the_decisions_(page: Page, deployment: Deployment) -> None:
     def are_told() -> bool:
         told = deployment.admin("/v1/decisions")["decisions"]
         shown: list[str] = page.browser.run(script)
-        return len(shown) == len(told) and all(map(says, shown, told))
+        return bool(told) and len(shown) == len(told) and all(map(says, shown, told))
 
     written = Written(page.browser)
 

@@ -14,6 +14,7 @@ from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError
 from elasticmoe.common.protocol.handles import Attach, SeatMemory
 from elasticmoe.common.protocol.replies import Refused, refusal
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
+from elasticmoe.services.hmm.memory.transfer import Transfer
 from elasticmoe.services.hmm.sessions.handles import Offer, shares
 from tests.sim.heap import Sim
 
@@ -61,7 +62,7 @@ class _Job(NamedTuple):
     then: Callable[[Any], None]
 
 
-LONGEST_S = {"transfer": 0.0, "release": 0.05}  # others: 0.2; a transfer says it itself
+LONGEST_S = {"blocks": 0.2, "release": 0.05}  # a transfer says it itself
 
 
 class Background:
@@ -76,8 +77,8 @@ class Background:
         """See elasticmoe.services.hmm.background."""
         job = _Job(name, work, then)
         self._jobs.append(job)
-        of_transfer = getattr(getattr(work, "__self__", None), "longest_s", None)
-        longest_s = LONGEST_S.get(name, 0.2) if of_transfer is None else of_transfer
+        owner: Any = getattr(work, "__self__", None)
+        longest_s = owner.longest_s if isinstance(owner, Transfer) else LONGEST_S[name]
         self._hmm.after(0.01 + longest_s * self._hmm.sim.rng.random(), self._end, job)
 
     def _end(self, job: _Job) -> None:
@@ -95,7 +96,7 @@ class Background:
 
     def hurry(self) -> None:
         """Let all threads that copy blocks end now."""
-        for job in [job for job in self._jobs if job.name not in LONGEST_S]:
+        for job in [job for job in self._jobs if job.name == "blocks"]:
             self._run(job)
 
     def finish(self) -> None:

@@ -183,7 +183,7 @@ class World:
         loaded, transition = hmm.loaded, hmm.transition
         if loaded is None:
             return
-        sizes = tuple((len(m.records), len(m.kv), *m.device.used.values()) for m in hmm.memories.values())
+        sizes = tuple((len(m.records), len(m.kv), m.num_out) for m in hmm.memories.values())
         state = (loaded.layout.epoch, transition and (transition.request.id, transition.phase), sizes)
         if state == self._state:
             return
@@ -269,7 +269,9 @@ class World:
             if rank.rank._lockstep.epoch != layout.epoch:
                 return f"{rank.name} computes by another layout"
             memory = self.hmm.memories[rank.seat.device]
-            if {*map(memory.device.id_of, (*memory.records.values(), *memory.kv))} != rank.handles:
+            kv = {*map(memory.device.id_of, memory.kv)}
+            ids = {*map(memory.device.id_of, memory.records.values())} | kv
+            if ids != rank.handles or {*memory.records, *kv} != rank.held:
                 return f"{rank.name} has something else mapped than the HMM says"
             self.expect(rank.seat.slot == slot, "a rank is in another slot")
             if isinstance(rank.rank, Follower):

@@ -124,6 +124,6 @@ class FakeStore:
 def test_which_layout_was_committed_last_is_told_only_where_that_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: FakeStore, is_known: bool
 ) -> None:
-    monkeypatch.setattr(checks, "store_of", lambda *_: store)
+    monkeypatch.setattr("elasticmoe.common.store.store_of", lambda *_: store)
     assert checks.layout_left(resolved(tmp_path)) == (layout_of(3, (0, 2)) if is_known else None)
     assert store.is_closed

@@ -1,13 +1,15 @@
 """Reading tensors of a verified checkpoint to their places in memory, each byte once: straight, where the stored dtype
-is the served one, else through small staging buffers: one is filled while another is converted into a third.
+is the served one, else through small staging buffers. Two threads do that, each a chunk at a time.
 
 What several ranks of a replica have, or parts of the same rows, is read once and given to each."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import groupby
 from typing import Final, NamedTuple
 
@@ -24,7 +26,8 @@ from elasticmoe.native import host
 from elasticmoe.services.hmm.loading.convert import SAME, convert, decode_scales, dequantize
 
 _CHUNK_BYTES: Final = 16 << 20  # read at once: also how long an abort may wait
-_STAGING_BYTES: Final = 4 << 20  # of source elements that wait for conversion, in each of two buffers
+_STAGING_BYTES: Final = 4 << 20  # of source elements that wait for conversion, in the buffer of each thread
+_THREADS: Final = 2  # one may wait for the disk, or both make the pages of what they fill
 _DROP_BYTES: Final = 32 << 20  # read before the file's cached pages are dropped
 
 _ScalesOf = dict[Part, NDArray[np.float32]]  # by where they are stored
@@ -76,6 +79,14 @@ class _Span(NamedTuple):
     end: int
 
 
+class _ReadJob(NamedTuple):
+    """What a thread does at once: `nbytes` of a file, up to `end` in it."""
+
+    work: Callable[[], None]
+    nbytes: int
+    end: int
+
+
 class Reader:
     """Reads records of `checkpoint`. `progress` is called in the thread that calls `read`, before and after each part
     that was read, with its bytes (0 before); what it raises ends the reading."""
@@ -114,23 +125,40 @@ class Reader:
         all_targets.sort(key=lambda target: (order[target.part.file], target.part.begin))
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        with ThreadPoolExecutor(1, "read-ahead") as ahead:
+        with ThreadPoolExecutor(_THREADS, "reader") as threads:
             for file, targets in groupby(all_targets, key=lambda target: target.part.file):
-                self._read_file(file, list(targets), ahead)
+                self._read_file(file, list(targets), threads)
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
             file.check_unchanged()
 
-    def _read_file(self, file: TensorFile, targets: Sequence[_Target], ahead: ThreadPoolExecutor) -> None:
+    def _read_file(self, file: TensorFile, targets: Sequence[_Target], threads: ThreadPoolExecutor) -> None:
         scales = self._read_scales(targets)
         dropped_to = 0
         for is_straight, group in groupby(targets, key=lambda target: target.is_straight):
             run = list(group)
-            for end in self._read_straight(run) if is_straight else self._read_converted(run, scales, ahead):
+            jobs = self._straight(run) if is_straight else self._converted(run, scales)
+            for end in self._run(file, jobs, threads):
                 if end - dropped_to >= _DROP_BYTES:
                     # What was read is in the handles now: a second copy in the page cache would double the peak.
                     os.posix_fadvise(file.fd, 0, end, os.POSIX_FADV_DONTNEED)
                     dropped_to = end
+
+    def _run(self, file: TensorFile, jobs: Iterable[_ReadJob], threads: ThreadPoolExecutor) -> Iterator[int]:
+        """Do them, as many at a time as there are threads. Gives, in their order, up to where the file was read."""
+        running: deque[tuple[_ReadJob, Future[None]]] = deque()
+        for job in jobs:
+            if len(running) == _THREADS:
+                yield self._finish(file, *running.popleft())
+            self._progress(0)
+            running.append((job, threads.submit(job.work)))
+        while running:
+            yield self._finish(file, *running.popleft())
+
+    def _finish(self, file: TensorFile, job: _ReadJob, running: Future[None]) -> int:
+        running.result()
+        self._count(file, job.nbytes)
+        return job.end
 
     def _read_scales(self, targets: Iterable[_Target]) -> _ScalesOf:
         """All scales of one file's weights, wherever they are stored: a few thousandths of the weights' bytes."""
@@ -144,56 +172,23 @@ class Reader:
             values[scales.part] = decode_scales(raw.data, scales)
         return values
 
-    def _read_straight(self, targets: Iterable[_Target]) -> Iterator[int]:
-        """Gives, from time to time, up to where the file was read."""
+    def _straight(self, targets: Iterable[_Target]) -> Iterator[_ReadJob]:
         for target in targets:
-            file, begin, nbytes_all, _ = target.part
-            taker, *others = target.takers
+            begin, nbytes_all = target.part.begin, target.part.nbytes
             for done in range(0, nbytes_all, self._chunk_bytes):
-                self._progress(0)
                 nbytes = min(self._chunk_bytes, nbytes_all - done)
-                try:
-                    taker.device.read_into(taker.address + done, file.fd, begin + done, nbytes)
-                except OSError as error:
-                    raise _unreadable(file, error) from None
-                for other in others:
-                    other.device.copy(other.address + done, taker.address + done, nbytes)
-                self._count(file, nbytes)
-            yield target.end
+                yield _ReadJob(partial(_read_chunk, target, done, nbytes), nbytes, begin + done + nbytes)
 
-    def _read_converted(
-        self, targets: Sequence[_Target], scales: _ScalesOf, ahead: ThreadPoolExecutor
-    ) -> Iterator[int]:
-        """Likewise. The next chunk is read `ahead` while one is converted."""
+    def _converted(self, targets: Sequence[_Target], scales: _ScalesOf) -> Iterator[_ReadJob]:
+        """Each thread has a buffer for what is read, and one for what becomes of it."""
         staging_bytes = max(self._staging_bytes, *(target.unit for target in targets))
-        staging = np.empty((2, staging_bytes), np.uint8)
+        staging = np.empty((_THREADS, staging_bytes), np.uint8)
         widening = max(DTYPE_BYTES[target.served] / STORED_BYTES[target.part.dtype] for target in targets)
-        out = np.empty(int(staging_bytes * max(1, widening)), np.uint8)
-        reading: list[tuple[list[_Span], NDArray[np.uint8], Future[None]]] = []
+        out = np.empty((_THREADS, int(staging_bytes * max(1, widening))), np.uint8)
         for number, chunk in enumerate(_chunks(targets, staging_bytes)):
-            self._progress(0)
-            raw = staging[number % 2, : chunk[-1].end - chunk[0].begin]
-            reading.append((chunk, raw, ahead.submit(_read_into, chunk[0].target.part.file, chunk[0].begin, raw)))
-            if len(reading) == 2:
-                yield self._convert(*reading.pop(0), scales, out)
-        for last in reading:
-            yield self._convert(*last, scales, out)
-
-    def _convert(
-        self,
-        chunk: Sequence[_Span],
-        raw: NDArray[np.uint8],
-        reading: Future[None],
-        scales: _ScalesOf,
-        out: NDArray[np.uint8],
-    ) -> int:
-        """Wait for a chunk, and convert it by way of `out`. Gives where it ends in the file."""
-        reading.result()
-        begin, end = chunk[0].begin, chunk[-1].end
-        self._count(chunk[0].target.part.file, end - begin)
-        for span in chunk:
-            _convert(span, raw.data[span.begin - begin : span.end - begin], scales, out)
-        return end
+            at, nbytes = number % _THREADS, chunk[-1].end - chunk[0].begin
+            work = partial(_convert_chunk, chunk, staging[at, :nbytes], scales, out[at])
+            yield _ReadJob(work, nbytes, chunk[-1].end)
 
     def _count(self, file: TensorFile, nbytes: int) -> None:
         file.bytes_read += nbytes
@@ -216,6 +211,25 @@ def _chunks(targets: Iterable[_Target], nbytes_max: int) -> Iterator[list[_Span]
             at = end
     if chunk:
         yield chunk
+
+
+def _read_chunk(target: _Target, done: int, nbytes: int) -> None:
+    """Read a part of a tensor straight to its places."""
+    file, (taker, *others) = target.part.file, target.takers
+    try:
+        taker.device.read_into(taker.address + done, file.fd, target.part.begin + done, nbytes)
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    for other in others:
+        other.device.copy(other.address + done, taker.address + done, nbytes)
+
+
+def _convert_chunk(chunk: Sequence[_Span], raw: NDArray[np.uint8], scales: _ScalesOf, out: NDArray[np.uint8]) -> None:
+    """Read a chunk into `raw`, and bring it to its places by way of `out`."""
+    begin = chunk[0].begin
+    _read_into(chunk[0].target.part.file, begin, raw)
+    for span in chunk:
+        _convert(span, raw.data[span.begin - begin : span.end - begin], scales, out)
 
 
 def _convert(span: _Span, raw: memoryview, scales: _ScalesOf, out: NDArray[np.uint8]) -> None:
