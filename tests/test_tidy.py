@@ -42,7 +42,10 @@ SOLE_IMPORTERS = {
     "transformers": "tests/",
     "elasticmoe.native.kernels": ("services/worker/backends/host.py", "services/worker/backends/addresses.py"),
     "elasticmoe.native.bus": (
-        "services/worker/exchange/",
+        # Of the exchange's files those that are one kind of it: no interface names the bus.
+        *(f"services/worker/exchange/{one}.py" for one in ("bus", "mailbox", "planned", "shm", "torch_dist")),
+        "services/worker/exchange/shm_barrier.py",
+        "services/worker/exchange/shm_board.py",
         "services/worker/hmm/",
         "services/hmm/",
         "common/seat_sizes.py",
@@ -65,6 +68,7 @@ SOLE_IMPORTERS = {
         "services/worker/hmm/mailboxes.py",  # which maps the memory
     ),
     "elasticmoe.services.worker.exchange.shm_barrier": "services/worker/rank/assembly.py",
+    "elasticmoe.services.worker.exchange.shm_board": "services/worker/rank/assembly.py",
     "elasticmoe.native.host": (
         "common/devices/",
         "common/host_shared.py",
