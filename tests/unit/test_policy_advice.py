@@ -8,11 +8,13 @@ from itertools import pairwise
 import msgspec
 import pytest
 
+from elasticmoe.common.layout import RankId
 from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts
 from elasticmoe.services.scaler.policy.orders import PastOrder, remembering
 from elasticmoe.services.scaler.policy.recent import Excess
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.saturation import capacity
+from elasticmoe.services.scaler.policy.signals import NO_ROUTER, Intake
 from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason, ScaleOrder
 from tests.unit import policy_world as world
 
@@ -137,3 +139,35 @@ def test_what_a_flap_showed_before_a_restart_holds_for_about_that_load_only(shar
     rate = share * capacity(world.widths(2), world.demand(1.0), world.CONFIG)
     reasons = {one.reason for one in plant.run(200, rate)}
     assert (Reason.SHRINK_IDLE in reasons) == is_tried
+
+
+def test_a_bound_that_no_plan_leads_to_is_not_ordered() -> None:
+    config = msgspec.structs.replace(world.CONFIG, replicas_max=1)
+    facts, seen = DeploymentFacts(width=4), world.signals(1_000.0, 0.0, kv_used=0.0)
+    decision = recommend(config, seen, facts, world.widths, lambda _: None, PolicyState(), 1_000.0)
+    assert (decision.reason, decision.target) == (Reason.NO_PLAN, None)
+
+
+@pytest.mark.parametrize(("most", "available"), [(2, None), (8, 2)])
+def test_advice_does_not_stand_out_of_bounds(most: int, available: int | None) -> None:
+    plant = world.Plant(2, ADVISE)
+    advised = next(one for one in plant.run(60, 30.0) if one.target is not None and one.target > 2)
+    assert advised.state.advice is not None
+    config = msgspec.structs.replace(ADVISE, replicas_max=most)
+    facts = DeploymentFacts(width=2, available=available)
+    seen = msgspec.structs.replace(plant.load(1.0), at_s=plant.now)
+    decision = recommend(config, seen, facts, world.widths, world.prices, plant.state, plant.now)
+    assert decision.target is None or decision.target <= 2
+    assert decision.reason is not Reason.ADVISED
+
+
+def test_nobody_heard_at_all_is_somebody_silent() -> None:
+    intake = Intake(world.CONFIG)
+    for at in range(60):
+        intake.expect((), {RankId(0, 0): "rank:1"}, 1, float(at))
+        intake.take(world.rank_window(at + 1, float(at), epoch=1), float(at))
+    seen = intake.signals(59.0)
+    assert (seen.silent, seen.silent_since_s) == ((NO_ROUTER,), 0.0)
+    intake.expect(("router:1",), {RankId(0, 0): "rank:1"}, 1, 60.0)
+    intake.take(world.router_window(1, 60.0), 60.0)
+    assert intake.signals(60.5).silent == ()

@@ -15,11 +15,12 @@ from elasticmoe.services.scaler.policy.state import AdvisedSize, Decision, Reaso
 _replace = msgspec.structs.replace
 
 
-def standing(config: PolicyConfig, decision: Decision, width: int, now: float) -> Decision:
-    """The decision of a turn at `width` with what stands of earlier advice."""
-    state, before, target = decision.state, decision.state.advice, decision.target
+def standing(config: PolicyConfig, decision: Decision, width: int, bounds: range, now: float) -> Decision:
+    """The decision of a turn at `width` with what stands of earlier advice: nothing that is out of `bounds` now."""
+    state, target = decision.state, decision.target
+    before = state.advice if state.advice is not None and state.advice.target in bounds else None
     if config.mode != "advise":
-        return decision if before is None else _replace(decision, state=_replace(state, advice=None))
+        return decision if state.advice is None else _replace(decision, state=_replace(state, advice=None))
     if decision.reason in (Reason.OPERATION, Reason.CANCEL_STUCK, Reason.RECOVERING):
         return decision
     if before is not None and before.target > width and now - before.at_s < (state.hold_s or config.hold_s):

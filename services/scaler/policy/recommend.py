@@ -100,7 +100,8 @@ def recommend(
         forecast_per_s=state.forecast.after(config.horizon_s),
         silent=signals.silent,
     )
-    return standing(config, _decide(turn, state, evidence, threshold), turn.width, now)
+    bounds = range(turn.least, turn.most + 1)
+    return standing(config, _decide(turn, state, evidence, threshold), turn.width, bounds, now)
 
 
 def _drain_s(signals: Signals, config: PolicyConfig) -> float:
@@ -225,6 +226,8 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
     if turn.width > config.replicas_max:
         if not _has_room(turn, config.replicas_max):
             return hold(Reason.KV_WOULD_NOT_FIT)
+        if turn.prices(config.replicas_max) is None:
+            return hold(Reason.NO_PLAN)
         return _order(turn, state, evidence, config.replicas_max, Reason.SHRINK_BOUND)
     if above_since is not None:
         return hold(Reason.AT_MAX if turn.width >= turn.most else Reason.STEADY)

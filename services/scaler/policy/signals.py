@@ -25,6 +25,7 @@ RATE_S = 10.0  # of admissions
 BURST_S = 2.0  # of admissions, as they are at this moment
 LAST_S = 0.9  # the same at the very last: of a router's newest window, as long as none is cut short
 LATENCY_S = 10.0
+NO_ROUTER = "any router"  # who is silent where none was ever heard
 MEAN_HALF_LIFE_S = 120.0  # of what changes slowly: lengths of outputs, the prefix cache's share
 STEP_WINDOWS_MAX = 512  # between two looks
 
@@ -60,6 +61,7 @@ class Intake:
         self._ranks = RanksTold()
         self._epoch = 0
         self._num_ranks: int | None = None
+        self._alone_since_s: float | None = None  # since when no router is expected, because none was heard
         self._latencies_since_s = -math.inf  # those before tell of another size
         self._steps: deque[tuple[StepSample, ...]] = deque(maxlen=STEP_WINDOWS_MAX)
         self._output, self._asked, self._uncached, self._prompt = _Ratio(), _Ratio(), _Ratio(), _Ratio()
@@ -79,6 +81,8 @@ class Intake:
         self._ranks.expect(ranks, now)
         if self._routers.keys() != set(routers):
             self._routers = {name: self._routers.get(name) or RouterTold(now) for name in routers}
+        if routers or self._alone_since_s is None:
+            self._alone_since_s = None if routers else now
         if self._num_ranks is not None and len(ranks) != self._num_ranks:
             self._latencies_since_s = now + self._config.settle_s
         self._num_ranks = len(ranks)
@@ -177,6 +181,8 @@ class Intake:
             for name, router in self._routers.items()
             if router.newest_s < since
         }
+        if not self._routers and self._alone_since_s is not None and self._alone_since_s < since:
+            routers[NO_ROUTER] = self._alone_since_s
         return routers | self._ranks.silent(since)
 
     def _latencies(self, routers: list[RouterTold], since: float) -> tuple[Figure, Figure]:
