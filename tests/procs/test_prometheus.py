@@ -182,14 +182,15 @@ def test_alerts_are_about_one_deployment_and_wait_for_what_does_not_pass(tmp_pat
 
 
 def test_kedas_query_adds_up_what_all_hosts_use(tmp_path: Path) -> None:
-    """By promtool: half of four devices at 1.5 times the objective, two of two devices at a fifth of it, and one
-    host not scraped; beside them others of those names in another namespace, and of another release."""
+    """By promtool, in numbers that no order of adding rounds: half of four devices at 1.5 times the objective, two of
+    two devices at a quarter of it, and one host not scraped; beside them others of those names in another namespace,
+    and of another release."""
     if shutil.which("promtool") is None:
         pytest.skip("promtool is not installed: it comes with prometheus")
     series = []
     for namespace, pod, num_ranks, num_devices, saturation in (
         ("serving", "moe-elasticmoe-0", 2, 4, (1.5, 0.5)),
-        ("serving", "moe-elasticmoe-1", 2, 2, (0.1, 0.2)),
+        ("serving", "moe-elasticmoe-1", 2, 2, (0.125, 0.25)),
         ("serving", "moe-elasticmoe-2", 0, 0, ()),
         ("staging", "moe-elasticmoe-0", 4, 4, (9.0, 9.0)),
         ("serving", "moe-elasticmoe-b-0", 1, 1, (9.0,)),
@@ -205,7 +206,7 @@ def test_kedas_query_adds_up_what_all_hosts_use(tmp_path: Path) -> None:
         ]
         kinds += [(f'up{{{of},job="{job}"}}', float(bool(num_ranks))) for job in ("router", "scaler")]
         series += [{"series": name, "values": f"{value}x4"} for name, value in kinds]
-    wanted = [{"labels": "{}", "value": (1.5 * 2 / 4 + 0.2) / 2 * 3}]
+    wanted = [{"labels": "{}", "value": (1.5 * 2 / 4 + 0.25) / 2 * 3}]
     asked = {"expr": keda_query(), "eval_time": "30s", "exp_samples": wanted}
     tests = [{"interval": "15s", "input_series": series, "promql_expr_test": [asked]}]
     (tmp_path / "cases.yml").write_text(json.dumps({"tests": tests}))
