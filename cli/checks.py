@@ -207,8 +207,9 @@ def check_checkpoint(settings: Settings, model: Path) -> list[str]:
     with Checkpoint(model, spec) as checkpoint:
         remarks = checkpoint.remarks()
     asked, served = settings.scaler.max_model_len, spec.max_positions
-    if asked > served == spec.sliding_window:
-        remarks.append(f"sequences end at the {served} tokens of the model's sliding window, not at {asked}")
+    if asked > served:
+        what = "sliding window" if served == spec.sliding_window else "max_position_embeddings"
+        remarks.append(f"sequences end at the {served} tokens of the model's {what}, not at {asked}")
     return remarks
 
 

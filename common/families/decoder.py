@@ -225,12 +225,20 @@ def _check_layer_types(config: Config, layers: int, window: int | None) -> None:
         )
 
 
+def _topk_methods(config: Config, moe: MoeSpec) -> tuple[str | None, ...]:
+    if moe.has_bias:
+        return (None, "noaux_tc")
+    return (None, "greedy", "group_limited_greedy") if config.has("n_group") else (None, "greedy")
+
+
 def _check_unread(config: Config, moe: MoeSpec) -> None:
     """Keys by which checkpoints say how they were trained, and which transformers does not read in every family: they
     must say what is computed. A window beside a family that has none cuts transformers' cache, and only that."""
     said: dict[str, tuple[Any, ...]] = {
         "scoring_func": (None, moe.scoring),
-        "topk_method": (None, "noaux_tc") if moe.has_bias else (None, "greedy", "group_limited_greedy"),
+        "topk_method": _topk_methods(config, moe),
+        "n_group": (None, 0, 1),
+        "routed_scaling_factor": (None, 1),
         "norm_topk_prob": (None, moe.norm_topk),
         "moe_layer_freq": (None, 1),
     }

@@ -18,6 +18,8 @@ _ONLY: Final[dict[str, tuple[Any, ...]]] = {
     "is_encoder_decoder": (False,),
     "attention_chunk_size": (None,),
     "kv_sharing_modes": (None,),
+    "dual_chunk_attention_config": (None, {}),  # of long contexts: other positions beyond a chunk
+    **dict.fromkeys(("index_topk", "index_n_heads", "index_head_dim"), (None,)),  # attention to some tokens only
     "per_layer_config": (None, {}),  # other sizes or windows for some layers
     "fusion_config": (None, {}),
     "distributed_config": (None,),

@@ -45,6 +45,14 @@ def test_what_is_not_used_and_what_limits_sequences_is_told(
     ]
 
 
+def test_sequences_that_end_before_what_was_asked_for_are_told_of(
+    tmp_path: Path, tensors: forms.Tensors, resolved: settings.Settings
+) -> None:
+    directory = forms.write(tmp_path / "m", "mixtral", tensors, config={"max_position_embeddings": 300})
+    told = "sequences end at the 300 tokens of the model's max_position_embeddings, not at 512"
+    assert checks.check_checkpoint(resolved, directory) == [told]
+
+
 def test_a_checkpoint_that_lacks_something_is_refused(
     tmp_path: Path, tensors: forms.Tensors, resolved: settings.Settings
 ) -> None:
