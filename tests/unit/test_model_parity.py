@@ -157,7 +157,11 @@ def test_an_output_of_500_tokens(name: str, models: Models, backend: Backend) ->
 @pytest.mark.timeout(300)  # with torch, which computes row by row, a minute of an idle core
 @pytest.mark.parametrize(
     ("name", "compute"),
-    [*((name, "host") for name in ("deepseek2", "deepseek3", "qwen3-biases-yarn", "glm4")), ("deepseek2", "torch")],
+    [
+        *((name, "host") for name in (*FAMILIES, "qwen3-biases-yarn")),
+        ("deepseek2", "torch"),
+        *(pytest.param(name, "torch", marks=pytest.mark.soak) for name in FAMILIES if name != "deepseek2"),
+    ],
 )
 def test_position_5000(name: str, compute: Literal["host", "torch"], models: Models) -> None:
     """Under yarn, whose factor of the scores cannot be seen at position 0, and where part of a head rotates."""
