@@ -28,6 +28,15 @@ class Page:
         self.url = url
         self.token = token
 
+    @classmethod
+    def after_another(cls, browser: Browser, url: str, token: str) -> Page:
+        """One that is opened where another listener's was, which asks nothing more."""
+        browser.open("about:blank")
+        browser.forget_requests()
+        page = cls(browser, url, token)
+        page.open(forget=True)
+        return page
+
     def open(self, view: str = "now", *, forget: bool = False) -> None:
         """Load it anew with the token in its address, and look at a view of live figures."""
         if forget:

@@ -362,10 +362,7 @@ def test_a_rank_that_dies_is_shown_as_a_fault(page: Page, deployment: Deployment
 
 def test_hundreds_of_devices_are_as_light_as_a_few(browser: Browser) -> None:
     with staged(384) as url:
-        browser.open("about:blank")  # the page before asks nothing more
-        browser.forget_requests()
-        page = Page(browser, url, "stage")
-        page.open(forget=True)
+        page = Page.after_another(browser, url, "stage")
         browser.wait(lambda: "384 devices: 336 used, 48 free" in browser.text(), "all are counted")
         assert 8 <= len(page.tiles()) <= 100
         browser.run("scrollTo(0, document.body.scrollHeight)")

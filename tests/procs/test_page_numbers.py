@@ -235,10 +235,7 @@ def test_the_experts_(page: Page, deployment: Deployment) -> None:
 
 def test_one_device_is_a_page_too(browser: Browser) -> None:
     with staged(1) as url:
-        browser.open("about:blank")  # the page before asks nothing more
-        browser.forget_requests()
-        page = Page(browser, url, "stage")
-        page.open(forget=True)
+        page = Page.after_another(browser, url, "stage")
         browser.wait(lambda: "1 device: 1 used, 0 free" in browser.text(), "it is counted")
         assert [*page.tiles()] == ["host:0"]
         for view in VIEWS:

@@ -25,7 +25,7 @@ from elasticmoe.common.safetensors import TensorFile
 from elasticmoe.native import host
 from elasticmoe.services.hmm.loading.convert import SAME, convert, decode_scales, dequantize
 
-_CHUNK_BYTES: Final = 16 << 20  # read at once: also how long an abort may wait
+_CHUNK_BYTES: Final = 16 << 20  # read at once by a thread: also how long an abort may wait
 _STAGING_BYTES: Final = 4 << 20  # of source elements that wait for conversion, in the buffer of each thread
 _THREADS: Final = 2  # one may wait for the disk, or both make the pages of what they fill
 _DROP_BYTES: Final = 32 << 20  # read before the file's cached pages are dropped
