@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,8 @@ class Load:
             base_url=base_url, timeout=120, limits=httpx.Limits(max_connections=clients), trust_env=False
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._last: dict[int, float] = {}  # of requests that have begun to stream: their last chunk
+        self._next_id = 0
 
     async def __aenter__(self) -> Load:
         self._model = (await self._http.get("/v1/models")).json()["data"][0]["id"]
@@ -133,7 +136,32 @@ class Load:
     async def _client(self) -> None:
         while not self._stopping:
             prompt, max_tokens = self._rng.choice(self._prompts), self._rng.randint(*self._lengths)
-            self.streams.append(await stream_completion(self._http, self._model, prompt, max_tokens))
+            self.streams.append(await self._stream(prompt, max_tokens))
+
+    async def _stream(self, prompt: Sequence[int], max_tokens: int, chunk_at: list[float] | None = None) -> Stream:
+        """One request of a client. `chunk_at` receives the time of each chunk, in seconds of the monotonic clock."""
+        self._next_id += 1
+        number = self._next_id
+
+        def note() -> None:
+            self._note(number)
+            if chunk_at is not None:
+                chunk_at.append(self._last[number])
+
+        try:
+            return await stream_completion(self._http, self._model, prompt, max_tokens, on_chunk=note)
+        finally:
+            self._last.pop(number, None)
+
+    def _note(self, number: int) -> None:
+        self._last[number] = time.monotonic()
+
+    async def wait_begun(self, count: int, timeout_s: float = 30.0) -> None:
+        """Wait until `count` streams at once have had a chunk, and have not ended."""
+        deadline = time.monotonic() + timeout_s
+        while len(self._last) < count:
+            assert time.monotonic() < deadline, f"{len(self._last)} of {count} streams have begun"
+            await asyncio.sleep(0.001)
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Let all requests end. Where the test has failed already, leave them, so that its failure is what shows."""

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from tests.oracle import Oracle
-from tests.procs.clients import Load, Stream, stream_completion
+from tests.procs.clients import Load, Stream
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints
 from tests.procs.waiting import wait_until
@@ -165,7 +165,7 @@ class TolerantLoad(Load):
             prompt, max_tokens = self._rng.choice(self._prompts), self._rng.randint(*self._lengths)
             stream = Stream(prompt, max_tokens)
             try:
-                stream = await stream_completion(self._http, self._model, prompt, max_tokens)
+                stream = await self._stream(prompt, max_tokens)
             except httpx.HTTPError:
                 stream.error = "connection"
             self.streams.append(stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.procs.waiting import wait_until
@@ -34,6 +35,16 @@ class Failpoints:
         wait_until(hit.exists, f"failpoint {name} reached", timeout_s)
         self._armed.discard(name)
         return int(hit.read_text())
+
+    def wait_hit_unless(self, name: str, is_over: Callable[[], bool], timeout_s: float = HIT_S) -> int:
+        """As wait_hit; 0 where no process has come to `name` by the time that `is_over`."""
+
+        def is_decided() -> bool:
+            over = is_over()  # first: who was at the point before the end is seen
+            return self.is_hit(name) or over
+
+        wait_until(is_decided, f"failpoint {name} reached, or the operation's end", timeout_s)
+        return self.wait_hit(name) if self.is_hit(name) else 0
 
     def is_hit(self, name: str) -> bool:
         """Whether a process has come to `name`."""

@@ -7,7 +7,7 @@ import time
 
 import httpx
 
-from tests.procs.clients import Load, stream_completion
+from tests.procs.clients import Load
 
 _PAUSE_S = 0.05  # of a client after a refusal or a broken connection
 
@@ -20,8 +20,6 @@ class TimedLoad(Load):
         super().__init__(*args, **settings)  # type: ignore[arg-type]
         self.broken: list[str] = []
         self._gaps: list[tuple[float, float]] = []  # when it ended, how long it was
-        self._last: dict[int, float] = {}  # of requests that have begun to stream: their last chunk
-        self._next_id = 0
 
     @staticmethod
     def now() -> float:
@@ -31,21 +29,16 @@ class TimedLoad(Load):
     async def _client(self) -> None:
         while not self._stopping:
             prompt, max_tokens = self._rng.choice(self._prompts), self._rng.randint(*self._lengths)
-            self._next_id += 1
-            number = self._next_id
             began = time.monotonic()
+            chunk_at: list[float] = []
             try:
-                stream = await stream_completion(
-                    self._http, self._model, prompt, max_tokens, on_chunk=lambda number=number: self._note(number)
-                )
+                stream = await self._stream(prompt, max_tokens, chunk_at)
             except httpx.HTTPError as error:
                 now = time.monotonic()
-                silent = f", {now - self._last[number]:.2f} s after a chunk" if number in self._last else ""
+                silent = f", {now - chunk_at[-1]:.2f} s after a chunk" if chunk_at else ""
                 self.broken.append(f"{error!r} after {now - began:.2f} s{silent}")
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            finally:
-                self._last.pop(number, None)
             self.streams.append(stream)
             if stream.error is not None:
                 await asyncio.sleep(_PAUSE_S)
@@ -75,13 +68,6 @@ class TimedLoad(Load):
             if time.monotonic() > deadline:
                 raise AssertionError(f"{wanted - self.num_good} of {count} streams did not end within {timeout_s:g} s")
             await asyncio.sleep(0.01)
-
-    async def wait_begun(self, count: int, timeout_s: float = 30.0) -> None:
-        """Wait until `count` streams at once have had a chunk, and have not ended."""
-        deadline = time.monotonic() + timeout_s
-        while len(self._last) < count:
-            assert time.monotonic() < deadline, f"{len(self._last)} of {count} streams have begun"
-            await asyncio.sleep(0.001)
 
     @property
     def num_good(self) -> int:

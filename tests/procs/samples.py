@@ -24,7 +24,7 @@ import httpx
 from elasticmoe.common.record import start_ticks
 from elasticmoe.common.store import EVENTS_MAX, LAYOUTS_MAX, OPERATIONS_MAX
 from elasticmoe.services.router.dispatch.dispatcher import LEAVE_S
-from tests.procs.clients import Load, stream_completion
+from tests.procs.clients import Load
 from tests.procs.deployment import Deployment
 from tests.procs.faults import store_client
 from tests.procs.waiting import processes_of, wait_until
@@ -92,7 +92,7 @@ class LightLoad(Load):
     async def _client(self) -> None:
         while not self._stopping:
             prompt, max_tokens = self._rng.choice(self._prompts), self._rng.randint(*self._lengths)
-            self.streams.append(await stream_completion(self._http, self._model, prompt, max_tokens))
+            self.streams.append(await self._stream(prompt, max_tokens))
             await asyncio.sleep(PAUSE_S)
 
 

@@ -53,6 +53,7 @@ KILLS_MAX, KILLS_WINDOW_S = 4, 60.0  # of one service: the launcher gives a depl
 BODIES: dict[str, dict[str, Any]] = {"up": {"replicas": 3}, "down": {"remove": [2]}}
 BACK: dict[str, dict[str, Any]] = {"up": {"remove": [2]}, "down": {"replicas": 3}}
 ATTEMPTS = 5
+CLIENTS = 6
 SHARE = 3  # of the points, one in so many is taken by default
 LAYOUTS = {"up": ([0, 1], [0, 1, 2]), "down": ([0, 1, 2], [0, 1])}  # before and after
 MAY_FAIL = {  # what a request may get that is under way when this victim dies, or comes before it is back
@@ -85,6 +86,7 @@ EXPERTS = [*COMING, "hmm.kv_grown.before", "hmm.kv_grown.after"]  # where expert
 RANK = ["rank.apply@r1t0", "rank.applied@r1t0", "rank.flip.before", "rank.flip.after"]
 JOINER = ["rank.attach@r2t0", "rank.warm_up@r2t0", "rank.ready@r2t0"]
 HAND_OVER = ["rank.hand_over", "rank.take.before", "rank.take.after"]
+MAY_BE_PASSED = ("scaler.leg", *HAND_OVER)
 
 OF_KV = ("hmm.kv_grown", "hmm.vacate")
 OF_TWO = {  # points at which ranks of replicas of two are killed
@@ -266,7 +268,8 @@ def hold_and_kill(elastic: Elastic, cell: Cell) -> tuple[str, int, dict[str, int
 
 def hold(elastic: Elastic, cell: Cell) -> tuple[str, int]:
     """Begin the operation and wait until a process is at the cell's point: its process id. 0 where the operation passed
-    by: the journal writes the newest state, and so may leave out one that lasted for a moment only."""
+    by: the journal writes the newest state, and so may leave out one that lasted for a moment only; and streams of a
+    rank that leaves may have ended of themselves."""
     points = elastic.points
     point, _, leg = cell.point.partition("/")
     gate = "scaler.leg2.prepare.before"
@@ -277,12 +280,12 @@ def hold(elastic: Elastic, cell: Cell) -> tuple[str, int]:
         points.arm(point)
         points.release(gate)
 
-    def is_hit_or_over() -> bool:
-        return points.is_hit(point) or elastic.operation(op_id)["phase"] in ("done", "aborted")
+    def is_over() -> bool:
+        return elastic.operation(op_id)["phase"] in ("done", "aborted")
 
-    if point.startswith("scaler.leg"):
-        wait_until(is_hit_or_over, f"{point}, or the operation's end", 30.0)
-    return op_id, 0 if point.startswith("scaler.leg") and not points.is_hit(point) else points.wait_hit(point)
+    if point.startswith(MAY_BE_PASSED):
+        return op_id, points.wait_hit_unless(point, is_over)
+    return op_id, points.wait_hit(point)
 
 
 def unsettled(elastic: Elastic, cell: Cell, op_id: str, killed: int) -> str:
@@ -350,7 +353,8 @@ async def run_cell(stage: Stage, cell: Cell) -> None:
     before, _ = LAYOUTS[cell.kind]
     if await in_thread(elastic.replicas) != before:
         await in_thread(elastic.resize, **BACK[cell.kind])
-    async with TolerantLoad(deployment.base_url, clients=6, seed=7, prompts=12, longest=120) as load:
+    async with TolerantLoad(deployment.base_url, clients=CLIENTS, seed=7, prompts=12, shortest=60, longest=120) as load:
+        await load.wait_begun(CLIENTS)
         stage.note_kill(cell.victim)
         op_id, killed, living = await in_thread(hold_and_kill, elastic, cell)
         await in_thread(converge, elastic, cell, op_id, killed)
