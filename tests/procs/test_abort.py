@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.procs.clients import Load, check_load_against_oracle
-from tests.procs.elastic import Elastic, Holding, holding, in_thread, start_elastic, wait_same
+from tests.procs.elastic import STANDBYS, Elastic, Holding, holding, in_thread, start_elastic, wait_same
 from tests.procs.integrity import check_integrity
 from tests.procs.waiting import wait_until
 
@@ -128,6 +128,7 @@ def settle(elastic: Elastic) -> None:
     elastic.deployment.wait_serving()
     if elastic.replicas() != [0, 1, 2]:
         elastic.resize(devices=["host:0", "host:1", "host:2"])
+        wait_until(lambda: holding(elastic).standby == STANDBYS, "standbys are there again")
 
 
 def cancel(elastic: Elastic, op_id: str) -> tuple[int, Any]:
