@@ -47,28 +47,28 @@ class Ours:
         self._state = PolicyState()
         self._number = 0
         self._operation: tuple[str, int, float] | None = None  # (id, target, since) of a growth in progress
-        self._last_op: str | None = None
+        self._accepted: str | None = None
         self._changed_s: float | None = None
 
     def turn(self, plant: Plant, seen: Seen, /) -> int:
         """One turn of the reconciler."""
         now = seen.at_s
         if self._operation is not None and plant.width == plant.wanted:
-            self._last_op, self._changed_s, self._operation = self._operation[0], now, None
+            self._changed_s, self._operation = now, None
         self._hear(plant, seen)
         facts = DeploymentFacts(
             width=plant.width,
             changed_s=self._changed_s,
             operation=self._operation_facts(plant),
-            last_op=self._last_op,
+            accepted=self._accepted,
             is_own=True,  # nobody else is there
             reaction_s=plant.actuation.delay_s,
         )
 
         def widths(width: int) -> WidthFacts:
             model = plant.model
-            step = self.models.of(width)
-            return WidthFacts(width, model.kv_tokens(width), step, model.step_tokens_max, model.devices)
+            step, step_width = self.models.of(width), self.models.nearest(width)
+            return WidthFacts(width, model.kv_tokens(width), step, model.step_tokens_max, model.devices, step_width)
 
         def prices(_: int) -> ChangePrice:
             seconds = plant.actuation.delay_s
@@ -80,10 +80,11 @@ class Ours:
         if not decision.acts or decision.target is None or decision.op_id is None:
             return plant.wanted
         self.decisions.append((now, decision))
+        self._accepted = decision.op_id
         if decision.target > plant.width:
             self._operation = (decision.op_id, decision.target, now)
         else:
-            self._last_op, self._changed_s = decision.op_id, now
+            self._changed_s = now
         return decision.target
 
     def _operation_facts(self, plant: Plant) -> OperationFacts | None:

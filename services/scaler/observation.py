@@ -14,6 +14,7 @@ from elasticmoe.services.scaler.actions import Action
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.planning.plan import Rates
 from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.facts import RefusedOrder
 from elasticmoe.services.scaler.policy.figures import Signals
 from elasticmoe.services.scaler.policy.step_model import StepModel
 
@@ -29,7 +30,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     sizes, memory, devices, rates: what plans are made from; devices that may be used
     kv_handle_tokens: that a KV handle holds
     step_tokens_max: prompt tokens of one step
-    refused: the newest order of the policy that was refused
+    accepted, refused: the newest order of the policy that was
     """
 
     config: PolicyConfig
@@ -41,7 +42,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     rates: Rates
     kv_handle_tokens: int
     step_tokens_max: int
-    refused: str | None = None
+    accepted: str | None = None
+    refused: RefusedOrder | None = None
 
 
 class Observation(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,12 +25,14 @@ from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.cluster import Cluster, in_force
 from elasticmoe.services.scaler.control.admission import (
+    ORDERS_MAX,
     Accepted,
     Admission,
     CancelOperation,
     Command,
     CommandAnswer,
     CommandQueue,
+    Later,
     Order,
     SetPolicy,
 )
@@ -122,6 +124,7 @@ class Scaler:
         self._backoff_until = 0.0
         self._last_exit = ""
         self._stopping = False
+        self._taken: deque[tuple[SetPolicy, PolicyRecord]] = deque(maxlen=ORDERS_MAX)  # whose answer may wait
         settings = {k: v for k, v in msgspec.structs.asdict(config).items() if k != "store_url"}
         self.status_cache = StatusCache(StatusSnapshot("starting", "", None, None, None, 0, settings))
 
@@ -250,7 +253,7 @@ class Scaler:
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
             load_refused=self._beginning.refusal if self._beginning is not None else None,
-            load=self._autoscaler.observe(cluster, self._lost()),
+            load=self._autoscaler.observe(cluster, self._lost(), is_changing=self._executor.operation is not None),
         )
 
     def _on_event(self, event: ToScaler) -> None:
@@ -345,16 +348,25 @@ class Scaler:
     # ---- the policy -----------------------------------------------------------------------------------------------
 
     def _set_policy(self, order: SetPolicy) -> PolicyRecord:
-        """Let another policy be in force. Raises Conflict `policy_changed`, and Unavailable while it could not be kept:
-        a restart would drop it without a word."""
+        """Let another policy be in force, and answer once the store has it: a restart would drop it without a word.
+        Raises Conflict `policy_changed`, Unavailable while it could not be kept, and Later."""
         assert self._policy is not None, "orders are served once the journal has been read"
-        policy = changed(self._policy, order.version, order.config)
-        if policy is not self._policy:
+        policy = next((policy for taken, policy in self._taken if taken is order), None)
+        if policy is None:
+            policy = changed(self._policy, order.version, order.config)
+            if policy is self._policy:
+                return policy
             self.lease.check_room()
             self.journal.check_takes()
+            if not self._is_writing:
+                raise Unready("what the store holds may yet be resumed, and nothing is written over it")
             self.journal.keep(policy)
             self._tell("policy_set", f"version {policy.version}", mode=policy.config.mode)
             self._use_policy(policy)
+            self._taken.append((order, policy))
+        if not self.journal.is_kept(policy):
+            text = f"version {policy.version} of the policy is in force, and the store has not taken it yet"
+            raise Later(Unavailable(text))
         return policy
 
     def _use_policy(self, policy: PolicyRecord) -> None:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import httpx
 import openai
 import pytest
 
@@ -85,6 +92,74 @@ def test_calls(rank: FakeRank, client: openai.OpenAI, per_step: int, num: int) -
             (*wanted, "function") for wanted in WANTED
         ]
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
+
+
+def _by_anthropic(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, Any]]]:
+    tools: Any = [{"name": "weather", "input_schema": PARAMETERS}, {"name": "now", "input_schema": {"type": "object"}}]
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": tools, "max_tokens": 200}
+        if is_streamed:
+            with client.messages.stream(**asked) as stream:
+                message: Any = stream.get_final_message()
+        else:
+            message = client.messages.create(**asked)
+    assert message.stop_reason == "tool_use"
+    said = "".join(block.text for block in message.content if block.type == "text")
+    return said, [(block.name, block.input) for block in message.content if block.type == "tool_use"]
+
+
+def _by_langchain(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, Any]]]:
+    langchain_openai = pytest.importorskip("langchain_openai")
+    with httpx.Client(trust_env=False) as http:
+        chat = langchain_openai.ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", http_client=http)
+        chat = chat.bind_tools(TOOLS)
+        chunks = list(chat.stream("Hi")) if is_streamed else [chat.invoke("Hi")]
+    message = chunks[0]
+    for chunk in chunks[1:]:
+        message += chunk
+    return message.content, [(call["name"], call["args"]) for call in message.tool_calls]
+
+
+LITELLM = """
+import json, sys
+import litellm
+
+asked, url, is_streamed = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
+answer = litellm.completion(**asked, api_base=f"{url}/v1", api_key="none", stream=is_streamed)
+whole = litellm.stream_chunk_builder(list(answer), messages=asked["messages"]) if is_streamed else answer
+message = whole.choices[0].message
+calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
+print(json.dumps([message.content, calls]))
+"""
+
+
+def _by_litellm(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, Any]]]:
+    """In a process of its own: it leaves threads and connections behind."""
+    if find_spec("litellm") is None:
+        pytest.skip("litellm is not installed")
+    asked = json.dumps({"model": f"openai/{MODEL}", "messages": HELLO, "tools": TOOLS})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LITELLM, asked, url, str(is_streamed)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # else it asks GitHub for prices
+    )
+    assert done.returncode == 0, done.stderr
+    said, calls = json.loads(done.stdout.splitlines()[-1])
+    return said, [(name, arguments) for name, arguments in calls]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("by", [_by_anthropic, _by_langchain, _by_litellm])
+def test_several_calls_that_the_model_has_chosen_by_other_clients(
+    rank: FakeRank, router: RouterProcess, by: Callable[..., tuple[str, list[tuple[str, Any]]]], is_streamed: bool
+) -> None:
+    """Nobody forces a call, and none is too many: text, then two calls, one of them without arguments."""
+    rank.answer = Reply(CALLS, per_step=3)
+    said, calls = by(router.url, is_streamed=is_streamed)
+    assert said.strip() == "Let me see."
+    assert calls == [(name, json.loads(arguments)) for name, arguments in WANTED]
 
 
 def test_only_one_call(rank: FakeRank, client: openai.OpenAI) -> None:

@@ -9,8 +9,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from elasticmoe.common.protocol.errors import Unready
+from elasticmoe.common.protocol.errors import Conflict, Unavailable, Unready
+from elasticmoe.services.scaler.control.admission import SetPolicy
 from elasticmoe.services.scaler.operation.prepare import fitted
+from elasticmoe.services.scaler.policy.record import PolicyRecord
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.policy import acts
 from tests.sim.scenario import run_seed
@@ -154,6 +156,42 @@ def test_a_scaler_knows_what_the_policy_of_one_that_was_killed_has_ordered() -> 
     assert scaler is not killed
     assert (after.num_orders, after.grown_s) == (before.num_orders, pytest.approx(before.grown_s))
     assert after.sent_s == pytest.approx(before.sent_s)
+
+
+def test_another_policy_is_answered_once_the_store_has_it() -> None:
+    """It was answered before, and a scaler that was killed then dropped it without a word."""
+    world = Simulated(next(seed for seed in range(1, 100) if acts(seed)))
+    world.sim.run(3.0)
+    (scaler,) = world.scalers
+    record = world.store.data["policy"]
+    another = msgspec.structs.replace(record.config, ttft_s=7.0)
+    answered = scaler.service.commands.put(SetPolicy(record.version, another))
+    stale = scaler.service.commands.put(SetPolicy(record.version, record.config))
+    while not answered.done():
+        assert world.sim.now < 6.0
+        world.sim.run(world.sim.now + 0.01)
+    policy = answered.result(timeout=0)
+    assert isinstance(policy, PolicyRecord)
+    assert (policy.config, world.store.data["policy"].config) == (another, another)
+    with pytest.raises(Conflict, match="at version"):
+        stale.result(timeout=0)
+
+
+def test_another_policy_that_the_store_does_not_take_is_not_said_to_be_kept() -> None:
+    world = Simulated(next(seed for seed in range(1, 100) if acts(seed)))
+    world.sim.run(3.0)
+    (scaler,) = world.scalers
+    record = world.store.data["policy"]
+    world.store.is_down = True
+    first = scaler.service.commands.put(SetPolicy(record.version, msgspec.structs.replace(record.config, ttft_s=7.0)))
+    world.sim.run(world.sim.now + 1.0)
+    assert not first.done() or isinstance(first.exception(timeout=0), Unavailable)
+    assert world.store.data["policy"] == record
+    world.store.is_down = False
+    world.sim.run(world.sim.now + 3.0)
+    assert first.done()
+    kept = world.store.data["policy"].config.ttft_s == 7.0
+    assert kept == (first.exception(timeout=0) is None)
 
 
 def test_an_order_that_waits_is_refused_when_its_scaler_ends() -> None:

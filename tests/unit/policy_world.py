@@ -10,7 +10,13 @@ from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.signals import RankWindow, RouterWindow
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import Demand
-from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts, WidthFacts
+from elasticmoe.services.scaler.policy.facts import (
+    ChangePrice,
+    DeploymentFacts,
+    OperationFacts,
+    RefusedOrder,
+    WidthFacts,
+)
 from elasticmoe.services.scaler.policy.figures import Signals
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.saturation import predicted
@@ -70,13 +76,27 @@ class Plant:
         self.state = PolicyState()
         self.changed_s: float | None = None
         self.operation: OperationFacts | None = None
-        self.last_op: str | None = None
+        self.last_op: str | None = None  # that ended
+        self.accepted: str | None = None
+        self.refused: RefusedOrder | None = None
         self.decisions: list[Decision] = []
         self.sizes: list[int] = []
+        self.unreachable: set[int] = set()  # orders for so many are refused
+        self.unplanned: set[int] = set()  # and no plan leads there
+        self.num_priced = 0
 
     def widths(self, width: int) -> WidthFacts:
         """What the policy is told."""
         return widths(width, **self.widths_args)
+
+    def refuses(self, target: int) -> bool:
+        """Whether an order for so many is refused, as it does not fit."""
+        return target in self.unreachable
+
+    def prices(self, width: int) -> ChangePrice | None:
+        """What the planner says."""
+        self.num_priced += 1
+        return None if width in self.unplanned else prices(width)
 
     def facts(self) -> DeploymentFacts:
         """What the policy is told."""
@@ -85,7 +105,8 @@ class Plant:
             width=self.width,
             changed_s=self.changed_s,
             operation=self.operation,
-            last_op=self.last_op,
+            accepted=self.accepted,
+            refused=self.refused,
             is_own=by is not None and not by.startswith("theirs"),
         )
 
@@ -111,13 +132,17 @@ class Plant:
         if running is not None and self.now - running.since_s >= self.delay_s and running.target is not None:
             self.width, self.changed_s, self.last_op = running.target, self.now, running.op_id
             self.operation = None
-        decision = recommend(self.config, seen, self.facts(), self.widths, prices, self.state, self.now)
+        decision = recommend(self.config, seen, self.facts(), self.widths, self.prices, self.state, self.now)
         self.state = decision.state
         self.decisions.append(decision)
         self.sizes.append(self.width)
         if decision.acts and decision.target is not None and decision.op_id is not None:
             kind = "grow" if decision.target > self.width else "shrink"
-            self.operation = OperationFacts(decision.op_id, kind, decision.target, self.now, self.delay_s)
+            if self.refuses(decision.target):
+                self.refused = RefusedOrder(decision.op_id, is_of_size=True)
+            else:
+                self.accepted = decision.op_id
+                self.operation = OperationFacts(decision.op_id, kind, decision.target, self.now, self.delay_s)
         self.now += 1.0
         return decision
 

@@ -1,9 +1,14 @@
-"""Random JSON schemas: most can be followed, some have what cannot."""
+"""Random JSON schemas: most can be followed, some have what cannot. And of random models of pydantic: the dialect that
+applications send."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
+from enum import Enum
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
 
 _PATTERNS = ("^[a-c]{1,4}$", "^\\d{3}-\\d{2}$", "^(x|yz)+$", "^[A-Z][a-z]*$")
 _FORMATS = ("date", "ipv4", "uuid", "date-time")
@@ -83,3 +88,66 @@ def _reference(rng: random.Random, _: int) -> dict[str, Any]:
         "additionalProperties": False,
     }
     return {"$ref": "#/$defs/node", "$defs": {"node": node}}
+
+
+# ---- of models of pydantic: titles, defaults, `$defs`, unions with null, maps, discriminated unions
+
+_NAMES = ("name", "count", "when", "kind_of", "parts", "ref", "note", "Größe")
+
+
+def random_model(rng: random.Random, depth: int = 0) -> type[pydantic.BaseModel]:
+    """A model whose schema is `model_json_schema()`; what satisfies it is what `model_validate_json` takes."""
+    fields: dict[str, Any] = {}
+    for name in rng.sample(_NAMES, rng.randrange(1, 5)):
+        kind = _field(rng, depth)
+        default: Any = ...
+        if rng.random() < 0.3:
+            kind, default = kind | None, None
+        described = rng.choice((None, 'said of it: "this"'))
+        fields[name] = (kind, Field(default, description=described))
+    strictness = pydantic.ConfigDict(extra=rng.choice(("forbid", "forbid", "ignore")))
+    return pydantic.create_model(f"Model{rng.randrange(1_000_000)}", __config__=strictness, **fields)
+
+
+def _field(rng: random.Random, depth: int) -> Any:
+    kinds = [_bounded_text, _bounded_number, _choice, lambda *_: bool, _free_text]
+    if depth < 2:
+        kinds += [_model_list, lambda *given: random_model(given[0], given[1] + 1), _either, _map]
+    return rng.choice(kinds)(rng, depth)
+
+
+def _bounded_text(rng: random.Random, _: int) -> Any:
+    if rng.random() < 0.5:
+        return Annotated[str, Field(pattern=rng.choice(_PATTERNS))]
+    return Annotated[str, Field(min_length=rng.randrange(3), max_length=rng.randrange(3, 9))]
+
+
+def _free_text(rng: random.Random, _: int) -> Any:
+    return Annotated[str, Field(max_length=12)]
+
+
+def _bounded_number(rng: random.Random, _: int) -> Any:
+    least = rng.randrange(-50, 50)
+    if rng.random() < 0.5:
+        return Annotated[int, Field(ge=least, lt=least + rng.randrange(2, 90))]
+    return Annotated[float, Field(gt=least, le=least + rng.randrange(1, 90))]
+
+
+def _choice(rng: random.Random, _: int) -> Any:
+    words = rng.sample(("red", "green", 'a "quote"', "ü", "1"), rng.randrange(1, 4))
+    if rng.random() < 0.5:
+        return Literal[tuple(words)]
+    return Enum(f"Choice{rng.randrange(1_000_000)}", {f"V{at}": word for at, word in enumerate(words)})
+
+
+def _model_list(rng: random.Random, depth: int) -> Any:
+    least = rng.randrange(2)
+    return Annotated[list[_field(rng, depth + 1)], Field(min_length=least, max_length=least + 2)]  # type: ignore[misc]
+
+
+def _either(rng: random.Random, depth: int) -> Any:
+    return _field(rng, depth + 1) | random_model(rng, depth + 1)
+
+
+def _map(rng: random.Random, depth: int) -> Any:
+    return Annotated[dict[str, _field(rng, depth + 1)], Field(max_length=2)]  # type: ignore[misc]

@@ -14,7 +14,7 @@ from elasticmoe.common.model_spec import KvGeometry
 from elasticmoe.common.protocol.codec import Received
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError, NotFound, Unavailable
 from elasticmoe.common.protocol.scaler import MemoryFacts
-from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
+from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal, StepSample
 from elasticmoe.common.sketch import index, value
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running
@@ -30,6 +30,7 @@ from elasticmoe.services.scaler.control.autoscaler import (
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import Demand, demand_of
+from elasticmoe.services.scaler.policy.facts import RefusedOrder
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.signals import RATE_S
@@ -75,6 +76,7 @@ class Bench:
         self.told: list[tuple[str, str, dict[str, str]]] = []
         config = ScalerConfig(run_dir="/nowhere")
         self.num_served = 0
+        self.is_changing = False
         parts = (config, tiny_mixtral_spec(), self.serve, PolicyConfig(**{"mode": "act", **policy}))
         self.heard: list[RankWindow] = []
         self.scaler = Autoscaler(*parts, self.take, self.tell, self.counted.append, self.heard.append, self.clock)  # type: ignore[arg-type]
@@ -121,7 +123,7 @@ class Bench:
         self.hmm = msgspec.structs.replace(self.hmm, layout=self.world.layout)
 
     def load(self) -> Load | None:
-        return self.scaler.observe(cluster_of(self.hmm, self.pool), frozenset())
+        return self.scaler.observe(cluster_of(self.hmm, self.pool), frozenset(), is_changing=self.is_changing)
 
     def tick(self, *routers: str, ranks: tuple[int, ...] = (0, 1)) -> Load:
         """A second, in which these tell of their load."""
@@ -173,7 +175,66 @@ def test_nothing_is_decided_while_it_is_not_known_what_serves() -> None:
     bench = Bench()
     no_memory = msgspec.structs.replace(bench.hmm, memory=None)
     for hmm, pool in ((None, bench.pool), (bench.hmm, None), (no_memory, bench.pool)):
-        assert bench.scaler.observe(cluster_of(hmm, pool), frozenset()) is None
+        assert bench.scaler.observe(cluster_of(hmm, pool), frozenset(), is_changing=False) is None
+
+
+def test_figures_go_on_while_nothing_can_be_decided() -> None:
+    """They stood as they were when HMM or pool went away, and so did the decision."""
+    bench = Bench()
+    bench.tick("router:1")
+    bench.scaler.note(bench.decision(Reason.STEADY), 2)
+    hmm, bench.hmm = bench.hmm, msgspec.structs.replace(bench.hmm, memory=None)
+    for _ in range(3):
+        bench.now += TICK_S
+        bench.router("router:1", admitted=9)
+        assert bench.load() is None
+    assert bench.scaler.signals is not None
+    assert bench.scaler.signals.at_s == bench.now
+    assert isinstance(bench.scaler.signals.admitted_per_s, float)
+    assert bench.scaler.signals.admitted_per_s > 2.0
+    assert bench.scaler.decision is not None
+    assert bench.scaler.decision.reason is Reason.RECOVERING
+    assert [reason for _, reason, _ in bench.told] == ["steady", "recovering"]
+    bench.hmm = hmm
+    assert bench.tick("router:1") is not None
+    off = Bench(mode="off")
+    off.scaler.note(off.decision(Reason.OFF), 2)
+    off.hmm = msgspec.structs.replace(off.hmm, memory=None)
+    off.now += TICK_S
+    assert off.load() is None
+    assert off.scaler.decision is not None
+    assert off.scaler.decision.reason is Reason.OFF, "it decides nothing anyway"
+
+
+def test_nothing_is_said_to_be_recovering_before_anything_was_decided() -> None:
+    bench = Bench()
+    bench.hmm = msgspec.structs.replace(bench.hmm, memory=None)
+    for _ in range(3):
+        bench.now += TICK_S
+        assert bench.load() is None
+    assert bench.told == []
+
+
+def test_steps_beside_an_operation_teach_nothing() -> None:
+    """Copies and moves make them longer, for a while: a width would be taken to be slower than it is."""
+
+    def steps(seconds: float) -> tuple[StepSample, ...]:
+        return tuple(StepSample(seconds, 10 * at, 100 * at, 1 + at, 100) for at in range(6))
+
+    bench = Bench()
+    bench.tick("router:1")
+    bench.is_changing = True
+    for _ in range(6):
+        bench.rank(0, num_steps=6, steps=steps(0.5))
+        bench.tick("router:1")
+    bench.is_changing = False
+    bench.rank(0, num_steps=6, steps=steps(0.5))  # of the second before
+    load = bench.tick("router:1")
+    assert load.steps == {}
+    for _ in range(4):
+        bench.rank(0, num_steps=6, steps=steps(0.01))
+        load = bench.tick("router:1")
+    assert load.steps[2].a == pytest.approx(0.01)
 
 
 def test_who_can_be_found_no_more_serves_anew_and_hears_on() -> None:
@@ -321,7 +382,7 @@ def test_a_router_that_hangs_stays_unknown_whoever_else_is_heard() -> None:
 
 def test_lost_devices_are_not_counted_on() -> None:
     bench = Bench()
-    load = bench.scaler.observe(cluster_of(bench.hmm, bench.pool), frozenset({"host:3"}))
+    load = bench.scaler.observe(cluster_of(bench.hmm, bench.pool), frozenset({"host:3"}), is_changing=False)
     assert load is not None
     assert "host:3" not in load.devices
 
@@ -395,6 +456,9 @@ def test_the_saturation_is_shown_anew_where_the_decision_stays() -> None:
         bench.scaler.note(msgspec.structs.replace(decision, evidence=evidence), 2)
     assert len(bench.scaler.decided) == 1
     assert bench.scaler.saturation == Saturation(0.7)
+    assert bench.scaler.decision is not None
+    assert bench.scaler.decision.evidence.raw == Saturation(0.7), "why it is so now"
+    assert bench.scaler.decided[0].evidence.raw == Saturation(0.1), "and what it was told with"
 
 
 def test_what_is_done_is_told_each_time_and_only_so_many_are_kept() -> None:
@@ -414,6 +478,7 @@ def test_an_order_is_one_like_an_operators() -> None:
     assert (order.op_id, order.target.replicas, order.request.reason) == ("policy-1", 3, "policy: grow_panic")
     bench.scaler.turn()
     assert len(bench.orders) == 1, "it has been accepted"
+    assert bench.tick().accepted == "policy-1"
 
 
 def test_an_order_waits_for_the_operation_that_gives_way_to_it() -> None:
@@ -454,7 +519,7 @@ def test_a_refused_order_is_told_and_not_repeated() -> None:
     ]
     bench.scaler.turn()
     assert len(bench.orders) == 1
-    assert bench.tick().refused == "policy-1"
+    assert bench.tick().refused == RefusedOrder("policy-1", is_of_size=True)
 
 
 @pytest.mark.parametrize("error", [None, NotFound("no operation op", code="unknown_operation")])
@@ -480,6 +545,19 @@ def test_a_cancel_is_repeated_until_it_is_taken() -> None:
     bench.scaler.use(PolicyConfig(mode="off"))
     bench.scaler.turn()
     assert len(bench.orders) == 4
+
+
+def test_another_policy_that_might_have_given_it_leaves_an_order_waiting() -> None:
+    """A growth that waits for a shrink to give way came a repetition later, after ten seconds."""
+    bench = Bench()
+    bench.answer = Running("operation op is in progress", "op")
+    bench.scaler.scale(ScaleTo("policy-1", 3, "supersede_shrink", "op"))
+    bench.scaler.use(PolicyConfig(mode="act", ttft_s=7.0))
+    bench.scaler.turn()
+    assert len(bench.orders) == 3
+    bench.scaler.use(PolicyConfig(mode="act", replicas_max=2))
+    bench.scaler.turn()
+    assert len(bench.orders) == 3
 
 
 def test_another_policy_drops_the_order_of_the_one_before() -> None:

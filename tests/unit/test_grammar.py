@@ -30,7 +30,7 @@ from elasticmoe.common.protocol.errors import InvalidRequest, ProtocolError
 from elasticmoe.common.protocol.limits import GRAMMAR_BYTES_MAX
 from elasticmoe.services.router.grammar.compiler import GrammarCompiler
 from elasticmoe.services.router.grammar.structure import Structure, Thought
-from tests.unit.schemas import random_schema
+from tests.unit.schemas import random_model, random_schema
 
 WORDS = [b"a", b"b", b"ab", b"aab", b"ba", b"abc", b"c", b"\xc3", b"\xa4", b"\xc3\xa4", b"", b"a", b"<end>", b"\n"]
 END = 12  # is special
@@ -169,6 +169,35 @@ def test_texts_of_random_schemas_satisfy_them() -> None:
 @pytest.mark.slow
 def test_texts_of_more_random_schemas_satisfy_them() -> None:
     assert 0 < check_schemas(range(1_000, 1_500)) < 250
+
+
+def check_models(seeds: range) -> int:
+    """Texts of random models of pydantic are what pydantic itself takes; how many were refused."""
+    tokens = GrammarTokens(LARGER, [len(LARGER) - 1])
+    num_refused = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        model = random_model(rng)
+        try:
+            packed = COMPILER.compile(Structure("json", json.dumps(model.model_json_schema()), "schema"), None)
+        except InvalidRequest as error:
+            if error.code not in ("unsupported_schema", "invalid_grammar"):
+                raise
+            num_refused += 1
+            continue
+        text = written(tokens, unpack_grammar(packed), rng)
+        jsonschema.validate(json.loads(text), model.model_json_schema(), jsonschema.Draft202012Validator)
+        model.model_validate_json(text)
+    return num_refused
+
+
+def test_texts_of_random_models_of_pydantic_are_what_it_takes() -> None:
+    assert check_models(range(100)) < 50
+
+
+@pytest.mark.slow
+def test_texts_of_more_random_models_of_pydantic_are_what_it_takes() -> None:
+    assert check_models(range(1_000, 1_500)) < 250
 
 
 # ---- thinking

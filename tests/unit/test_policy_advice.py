@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from elasticmoe.common.layout import RankId
-from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts
+from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts, RefusedOrder
 from elasticmoe.services.scaler.policy.orders import PastOrder, remembering
 from elasticmoe.services.scaler.policy.recent import Excess
 from elasticmoe.services.scaler.policy.recommend import recommend
@@ -21,10 +21,10 @@ from tests.unit import policy_world as world
 ADVISE = msgspec.structs.replace(world.CONFIG, mode="advise")
 
 
-@pytest.mark.parametrize("refused", [None, "policy-1"])
-def test_an_order_that_there_are_no_more_devices_for_makes_room_for_a_smaller_one(refused: str | None) -> None:
+@pytest.mark.parametrize("refused", [None, RefusedOrder("policy-1", True)])
+def test_an_order_that_there_are_no_more_devices_for_makes_room_for_a_smaller_one(refused: RefusedOrder | None) -> None:
     """Repeated, it would be refused; and a refusal for want of devices says nothing against a size that they do for."""
-    order = ScaleOrder("policy-1", 6, 1_015.0)
+    order = ScaleOrder("policy-1", 6, 1_015.0, 2)
     state = PolicyState(at_s=1_019.0, order=order, num_orders=1, excess=Excess(9.0, 2.0))
     facts, seen = DeploymentFacts(width=2, available=4, refused=refused), world.signals(1_020.0, 20.0)
     decision = recommend(world.CONFIG, seen, facts, world.widths, world.prices, state, 1_020.0)
@@ -123,7 +123,7 @@ def test_the_excess_of_the_size_before_asks_for_nothing_once_somebody_else_has_c
 @pytest.mark.parametrize("lost_s", [995.0, None])
 def test_a_lost_device_is_no_shrink_that_somebody_wished(lost_s: float | None) -> None:
     state = PolicyState(at_s=999.0, width=3)
-    facts = DeploymentFacts(width=2, last_op="theirs-1", lost_s=lost_s)
+    facts = DeploymentFacts(width=2, lost_s=lost_s)
     seen = world.signals(1_000.0)
     after = recommend(world.CONFIG, seen, facts, world.widths, world.prices, state, 1_000.0).state
     assert after.shrunk_s == (None if lost_s else 1_000.0)

@@ -37,7 +37,7 @@ class PlanMade(msgspec.Struct, frozen=True, tag="plan-2"):
     plan: str
 
 
-class TurnTaken(msgspec.Struct, frozen=True, tag="turn-2"):
+class TurnTaken(msgspec.Struct, frozen=True, tag="turn-3"):
     """What `reconcile` took and gave in a turn that changed the deployment's reason, the operation's leg, attempt or
     phase, or asked for something that is seldom; operations without their plans."""
 

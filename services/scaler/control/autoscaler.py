@@ -24,22 +24,23 @@ from elasticmoe.common.described import says
 from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.endpoints import ServerEnd
 from elasticmoe.common.model_spec import ModelSpec
-from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
 from elasticmoe.common.protocol.signals import RankWindow, RouterWindow, Signal
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.cluster import Cluster
-from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running
+from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running, UnprocessableTarget
 from elasticmoe.services.scaler.control.executor import Tell
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.operation.operation import Request
 from elasticmoe.services.scaler.planning.plan import Rates, Target
 from elasticmoe.services.scaler.planning.planner import planned_from
 from elasticmoe.services.scaler.policy.config import PolicyConfig
+from elasticmoe.services.scaler.policy.facts import RefusedOrder
 from elasticmoe.services.scaler.policy.figures import Signals, Throughput
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.signals import Intake
-from elasticmoe.services.scaler.policy.state import Decision, Evidence, Reason
+from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason
 from elasticmoe.services.scaler.policy.step_model import StepModels
 
 log = get_logger("scaler")
@@ -52,6 +53,7 @@ TELL_AGAIN_S = (
     60.0  # where the load lies at a threshold, two decisions take turns, and would crowd out all other events
 )
 WINDOWS_MAX = 1_000  # taken in one turn
+UNUSUAL_S = 2.0  # after an operation, windows still tell of steps beside it
 ROUTERS_MAX = 64  # expected at once; windows of others are dropped until one is forgotten
 
 
@@ -66,7 +68,9 @@ class Decided(msgspec.Struct, frozen=True, kw_only=True):
     op_id: Annotated[str | None, says("Of the order that it gave, or would have given")]
     supersedes: Annotated[str | None, says("The operation that had to give way")]
     acts: Annotated[bool, says("Whether it was done")]
-    evidence: Annotated[Evidence, says("What it rests on")]
+    evidence: Annotated[
+        Evidence, says("What it rests on: now, in `GET /v1/policy`; when it was told, in `GET /v1/decisions`")
+    ]
 
 
 class Autoscaler:
@@ -104,9 +108,11 @@ class Autoscaler:
         self._routers: dict[str, float] = {}  # when each was heard last
         self._turned_at = -math.inf  # the policy's last turn
         self._has_news = False  # a router has told something since
+        self._changing_at = -math.inf  # an operation was in progress last
         self._cancel = ""  # this operation, which nobody has been told to yet
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
-        self._refused: str | None = None
+        self._accepted: str | None = None
+        self._refused: RefusedOrder | None = None
         self.signals: Signals | None = None  # as of the policy's last turn
         self.throughput: Throughput | None = None  # the same
         self.saturation: Saturation | None = None  # the same
@@ -115,24 +121,32 @@ class Autoscaler:
         self._told_at: dict[tuple[Reason, int | None, str], float] = {}  # each, when it was told last
 
     def use(self, policy: PolicyConfig) -> None:
-        """Follow another policy from now on."""
+        """Follow another policy from now on. An order that waits, and that it might have given as well, goes on
+        waiting."""
         self.policy = policy
         self._intake.configure(policy)
-        self._order, self._cancel = None, ""
+        order = self._order
+        if policy.mode != "act" or (order and not policy.replicas_min <= order.replicas <= policy.replicas_max):
+            self._order, self._cancel = None, ""
 
     # ---- what is seen ---------------------------------------------------------------------------------------------
 
-    def observe(self, cluster: Cluster, lost: frozenset[str]) -> Load | None:
+    def observe(self, cluster: Cluster, lost: frozenset[str], *, is_changing: bool) -> Load | None:
         """The load, when the policy's next turn is due; takes what has come in any case. `lost`: devices that must not
-        be used."""
+        be used. `is_changing`: an operation is in progress."""
         now = self._clock.monotonic()
         self._receive(now)
+        if is_changing:
+            self._changing_at = now
         # By a clock of its own, a turn would see each window up to TICK_S late.
         due_at = self._turned_at + (HURRY_S if self._has_news else TICK_S)
-        if cluster.memory is None or not cluster.pools_answer or now < due_at:
+        if now < due_at:
+            return None
+        self._turned_at, self._has_news = now, False
+        if cluster.memory is None or not cluster.pools_answer:
+            self._look_on(cluster, now)
             return None
         layout, facts, memory = planned_from(cluster)
-        self._turned_at, self._has_news = now, False
         living = {slot: rank for slot, rank in cluster.ranks.items() if rank.ready}
         leaders = [seat for seat in layout.seats if seat.rank.tp == 0]
         ranks = {seat.rank: living[seat.slot].incarnation if seat.slot in living else "" for seat in leaders}
@@ -140,7 +154,9 @@ class Autoscaler:
         for window, arrived_at in self._early:
             self._intake.take(window, arrived_at)
         self._early.clear()
-        self._models.learn(layout.dp, self._intake.take_steps())
+        steps = self._intake.take_steps()
+        if now - self._changing_at >= UNUSUAL_S:  # copies and moves make steps longer than they will be
+            self._models.learn(layout.dp, steps)
         self.signals, self.throughput = self._intake.signals(now), self._intake.throughput(now)
         return Load(
             config=self.policy,
@@ -152,8 +168,18 @@ class Autoscaler:
             rates=Rates(copy_bytes_per_s=float(self._config.copy_limit)),
             kv_handle_tokens=facts.kv.blocks_per_handle * self._config.block_size,
             step_tokens_max=self._config.max_tokens_per_step,
+            accepted=self._accepted,
             refused=self._refused,
         )
+
+    def _look_on(self, cluster: Cluster, now: float) -> None:
+        """While HMM or pool is away nothing can be decided; figures go on all the same, and what was decided before is
+        no longer what stands."""
+        self.signals, self.throughput = self._intake.signals(now), self._intake.throughput(now)
+        if self.decision is not None and self.policy.mode != "off":
+            evidence = Evidence(silent=self.signals.silent)
+            nothing = Decision(target=None, reason=Reason.RECOVERING, evidence=evidence, state=PolicyState())
+            self.note(nothing, cluster.in_force.layout.dp)
 
     def _receive(self, now: float) -> None:
         if self._server is not None and now >= self._look_at:
@@ -200,7 +226,8 @@ class Autoscaler:
         before, mode = self.decision, self.policy.mode
         key = (decision.reason, decision.target, mode)
         is_same = before is not None and (before.reason, before.target, before.mode) == key
-        if is_same and not decision.acts:
+        if before is not None and is_same and not decision.acts:
+            self.decision = msgspec.structs.replace(before, replicas=replicas, evidence=decision.evidence)
             return
         decided = Decided(
             time_unix=self._clock.time(),
@@ -250,6 +277,7 @@ class Autoscaler:
         order = Order(action.op_id, request, Target(replicas=action.replicas), policy_order=action.number)
         try:
             self._take(order)
+            self._accepted = action.op_id
         except Later:
             return
         except Running as running:
@@ -258,7 +286,7 @@ class Autoscaler:
             # What somebody else has begun leads to another size than the one that was decided by.
             log.info("the policy's order is dropped", operation_id=action.op_id, because=running.message)
         except ElasticMoEError as error:
-            self._refused = action.op_id
+            self._refused = RefusedOrder(action.op_id, is_of_size=isinstance(error, DoesNotFit | UnprocessableTarget))
             facts = {"operation_id": action.op_id, "code": error.code, "because": error.message}
             log.warning("the policy's order is refused", **facts)
             self._tell("policy_refused", error.message, op_id=action.op_id, code=error.code)

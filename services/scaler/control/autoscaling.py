@@ -24,12 +24,13 @@ from elasticmoe.services.scaler.planning.planner import plan_way
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts, WidthFacts
 from elasticmoe.services.scaler.policy.orders import PastOrder, remembering
+from elasticmoe.services.scaler.policy.price import NO_PLAN_S
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason
 from elasticmoe.services.scaler.policy.step_model import nearest
 
 REACTION_S = 1.0  # of a growth, before one has been seen
-PRICE_S, NO_PLAN_S = 300.0, 30.0  # for so long a price counts, and that there is none
+PRICE_S = 300.0  # for so long a price counts
 _KINDS: dict[str, Literal["grow", "shrink", "other"]] = {"scale_up": "grow", "scale_down": "shrink"}
 
 
@@ -90,8 +91,8 @@ def follow_load(
         is_recovering=is_lossy or not (is_serving or operation is not None),
         is_degraded=not is_serving,
         lost_s=after.lost_at,
-        last_op=last.op_id if last is not None else None,
         is_own=latest is not None and latest.policy_order is not None,
+        accepted=load.accepted,
         refused=load.refused,
         reaction_s=after.reaction_s,
         available=len(load.devices) // layout.tp,
@@ -161,12 +162,14 @@ def _operation_facts(operation: Operation, now: float) -> OperationFacts:
 def _width_facts(load: Load, experts: tuple[int, ...], tp: int, width: int) -> WidthFacts:
     """`experts`: how many each layer has."""
     handles = kv_handles_at(load.sizes, load.memory, experts, width * tp)
+    step_width = nearest(load.steps, width)
     return WidthFacts(
         width=width,
         kv_tokens=max(0, handles) * load.kv_handle_tokens,
-        step=nearest(load.steps, width),
+        step=load.steps[step_width] if step_width is not None else None,
         prefill_tokens_max=load.step_tokens_max,
         devices=tp,
+        step_width=step_width,
     )
 
 

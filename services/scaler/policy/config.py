@@ -68,7 +68,9 @@ class PolicyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         says("After a change, latencies tell of the size before for so long"),
     ] = 3.0
     unknown_after_s: Annotated[Seconds, says("What was not told for so long is unknown")] = 5.0
-    blind_after_s: Annotated[Seconds, says("After so long unknown, nothing is done, and an alert is raised")] = 30.0
+    blind_after_s: Annotated[
+        Seconds, says("After so long unknown, nothing is done for the load, and an alert is raised")
+    ] = 30.0
     horizon_s: Annotated[Seconds, says("How far ahead the predicted demand is a floor")] = 30.0
     operations_max: Annotated[Annotated[int, Meta(ge=1, le=1_000)], says("Operations of the policy")] = 8
     operations_over_s: Annotated[Seconds, says("In so many seconds")] = 600.0

@@ -19,6 +19,7 @@ class WidthFacts(msgspec.Struct, frozen=True):
 
     kv_tokens: that its KV blocks hold
     step: what one of its steps takes; None where that is not known yet, of no width
+    step_width: the width that `step` was learned at; None: this one
     prefill_tokens_max: of one step
     devices: of one replica
     """
@@ -28,6 +29,7 @@ class WidthFacts(msgspec.Struct, frozen=True):
     step: StepModel | None
     prefill_tokens_max: int
     devices: int = 1
+    step_width: int | None = None
 
 
 Widths = Callable[[int], WidthFacts]
@@ -46,6 +48,14 @@ class OperationFacts(msgspec.Struct, frozen=True):
     is_committed: bool = False
 
 
+class RefusedOrder(msgspec.Struct, frozen=True):
+    """Of an order of the policy. `is_of_size`: the target cannot be reached, as it does not fit; else it is the moment
+    that does not suit."""
+
+    op_id: str
+    is_of_size: bool
+
+
 class DeploymentFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the deployment is at this moment.
 
@@ -55,9 +65,8 @@ class DeploymentFacts(msgspec.Struct, frozen=True, kw_only=True):
     is_recovering: devices are left out, or, without an operation, ranks are replaced or it does not serve yet
     is_degraded: ranks are replaced, whatever else is in progress
     lost_s: when a device was lost last
-    last_op: the newest operation that ended
-    is_own: the operation in progress, or without one `last_op`, is an order of the policy
-    refused: the newest order of the policy that was refused
+    is_own: the operation in progress, or without one the newest that ended, is an order of the policy
+    accepted, refused: the newest order of the policy that was
     reaction_s: what a growth takes from the order until the new replicas serve
     available: replicas that the devices which work allow at the most; None for no such limit
     """
@@ -68,9 +77,9 @@ class DeploymentFacts(msgspec.Struct, frozen=True, kw_only=True):
     is_recovering: bool = False
     is_degraded: bool = False
     lost_s: float | None = None
-    last_op: str | None = None
     is_own: bool = False
-    refused: str | None = None
+    accepted: str | None = None
+    refused: RefusedOrder | None = None
     reaction_s: float = 1.0
     available: int | None = None
 

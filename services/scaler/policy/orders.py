@@ -27,12 +27,20 @@ def order_id(number: int, now: float) -> str:
     return f"policy-{number}-{now:.3f}"
 
 
-def sent(config: PolicyConfig, width: int, state: PolicyState, order: ScaleOrder) -> PolicyState:
-    """After an order that is carried out, to a deployment of `width`."""
+def sent(state: PolicyState, order: ScaleOrder) -> PolicyState:
+    """After an order that is to be carried out, and may be refused."""
+    state = _replace(state, order=order, num_orders=state.num_orders + 1)
+    return _replace(state, above_since_s=None, excess=Excess(), cancelled=order.supersedes or state.cancelled)
+
+
+def accepted(config: PolicyConfig, state: PolicyState, order: ScaleOrder) -> PolicyState:
+    """After an order became an operation: what is only asked for uses nothing up, and is no change. A growth into the
+    bounds says nothing of the size before."""
     now = order.sent_s
-    state = _replace(state, order=order, num_orders=state.num_orders + 1, sent_s=(*state.sent_s, now))
-    state = _replace(state, above_since_s=None, excess=Excess(), cancelled=order.supersedes or state.cancelled)
-    return resized(config, state, width, order.target, now)
+    state = _replace(state, order=None, sent_s=(*state.sent_s, now), refused=None, no_plan=None)
+    if order.is_bound and order.target > order.width:
+        return _replace(state, grown_s=now)
+    return resized(config, state, order.width, order.target, now)
 
 
 def resized(config: PolicyConfig, state: PolicyState, width: int, target: int, now: float) -> PolicyState:
@@ -114,6 +122,6 @@ def remembering(config: PolicyConfig, orders: Iterable[PastOrder]) -> PolicyStat
         if past.number is None:
             state = resized(config, state, past.width, past.target, past.at_s)
             continue
-        state = sent(config, past.width, state, ScaleOrder("", past.target, past.at_s))
-        state = _replace(state, order=None, num_orders=past.number)
+        state = accepted(config, state, ScaleOrder("", past.target, past.at_s, past.width))
+        state = _replace(state, num_orders=past.number)
     return state

@@ -9,6 +9,8 @@ from __future__ import annotations
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import ChangePrice
 
+NO_PLAN_S = 30.0  # for so long, a change that has no plan is not priced again
+
 
 def cost(price: ChangePrice, width: int, change: int, devices: int) -> float:
     """Device-seconds of a change by `change` replicas of a deployment of `width`, and of its way back."""

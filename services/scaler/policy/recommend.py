@@ -17,61 +17,36 @@ In this order; the first that applies decides:
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
-from typing import NamedTuple
 
 import msgspec
 
 from elasticmoe.services.scaler.policy.advice import standing
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import BUCKET_S, Demand, demand_of
-from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts, Prices, WidthFacts, Widths
+from elasticmoe.services.scaler.policy.facts import DeploymentFacts, OperationFacts, Prices, Widths
 from elasticmoe.services.scaler.policy.figures import Missing, Signals, Unknown
 from elasticmoe.services.scaler.policy.guards import Shrink, Verdict, judge, priced
-from elasticmoe.services.scaler.policy.orders import followed, forgetting, order_id, sent
+from elasticmoe.services.scaler.policy.orders import accepted, followed, forgetting, order_id, sent
+from elasticmoe.services.scaler.policy.price import NO_PLAN_S
 from elasticmoe.services.scaler.policy.recent import RECENT_S, Excess, Past
-from elasticmoe.services.scaler.policy.saturation import Saturation, capacity, measured, predicted, smoothed
-from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason, ScaleOrder
+from elasticmoe.services.scaler.policy.saturation import capacity, measured, predicted, smoothed
+from elasticmoe.services.scaler.policy.sizing import has_room, most_now, predicted_at, smallest, target_of
+from elasticmoe.services.scaler.policy.state import (
+    Decision,
+    Evidence,
+    NoPlan,
+    PolicyState,
+    Reason,
+    RefusedSize,
+    ScaleOrder,
+)
+from elasticmoe.services.scaler.policy.turn import Turn
 
-GROWTH_MAX = 4  # times the present size
 DRAIN_S_MAX = 60.0
 REFUSED_S = 30.0  # after a refused order
+SMALLER_S = 300.0  # for so long, what was refused for its size is not asked for again
 GAP_S = 10.0  # between two turns: what lasted before a longer one is not known to have lasted over it
 _replace = msgspec.structs.replace
-
-
-class Turn(NamedTuple):
-    """What all parts of one turn see."""
-
-    config: PolicyConfig
-    signals: Signals
-    deployment: DeploymentFacts
-    widths: Widths
-    prices: Prices
-    demand: Demand | Unknown
-    raw: Saturation
-    now: float
-
-    @property
-    def width(self) -> int:
-        """Replicas in force."""
-        return self.deployment.width
-
-    @property
-    def most(self) -> int:
-        """Replicas that there may be."""
-        available = self.deployment.available
-        return self.config.replicas_max if available is None else min(self.config.replicas_max, available)
-
-    @property
-    def least(self) -> int:
-        """Replicas that there have to be, as far as devices allow."""
-        return min(self.config.replicas_min, self.most)
-
-    @property
-    def is_panic(self) -> bool:
-        """Whether an objective is broken now, by what does not lie behind."""
-        return self.raw.worst >= 1.0
 
 
 def recommend(
@@ -133,10 +108,22 @@ def _observe(turn: Turn, state: PolicyState) -> PolicyState:
         unknown_since_s=unknown_since,
         known_since_s=known_since,
     )
-    state = followed(config, forgetting(config, state, now), turn.deployment, now)
+    state = followed(config, _refusals(turn, forgetting(config, state, now)), turn.deployment, now)
     if not isinstance(turn.demand, Unknown):
         state = _loaded(turn, state, turn.demand, elapsed)
     return _answered(turn, state)
+
+
+def _refusals(turn: Turn, state: PolicyState) -> PolicyState:
+    """Without those that count no more: they are of another size, by another policy, or lie behind."""
+    refused, no_plan = state.refused, state.no_plan
+    if refused is not None:
+        kept_s = SMALLER_S if refused.is_of_size else REFUSED_S
+        if (refused.width, refused.policy) != (turn.width, turn.config) or turn.now - refused.at_s >= kept_s:
+            state = _replace(state, refused=None)
+    if no_plan is not None and (no_plan.width != turn.width or turn.now - no_plan.at_s >= NO_PLAN_S):
+        state = _replace(state, no_plan=None)
+    return state
 
 
 def _loaded(turn: Turn, state: PolicyState, demand: Demand, elapsed_s: float) -> PolicyState:
@@ -157,24 +144,24 @@ def _loaded(turn: Turn, state: PolicyState, demand: Demand, elapsed_s: float) ->
 
 
 def _answered(turn: Turn, state: PolicyState) -> PolicyState:
-    """An order is over when its operation is seen, has ended, or was refused; and where another policy would not give
+    """An order is over when it was accepted or refused; and where another policy would not give
     it, there are no more devices for it, or somebody else's operation has come before it: the size that it was for is
     no longer that."""
-    if state.order is None:
+    order, operation, refused = state.order, turn.deployment.operation, turn.deployment.refused
+    if order is None:
         return state
-    is_wanted = turn.config.mode == "act" and turn.least <= state.order.target <= turn.most
-    operation = turn.deployment.operation
-    is_overtaken = (turn.deployment.changed_s or -math.inf) > state.order.sent_s
+    if order.op_id in (turn.deployment.accepted, operation.op_id if operation is not None else None):
+        return accepted(turn.config, state, order)
+    is_wanted = turn.config.mode == "act" and turn.least <= order.target <= turn.most
+    is_overtaken = (turn.deployment.changed_s or -math.inf) > order.sent_s
     if operation is not None:
-        is_overtaken |= operation.op_id not in (state.order.op_id, state.order.supersedes)
+        is_overtaken |= operation.op_id != order.supersedes
     if is_overtaken or not is_wanted:
         return _replace(state, order=None)
-    op_id = state.order.op_id
-    if turn.deployment.refused == op_id:
-        return _replace(state, order=None, refused_until_s=turn.now + REFUSED_S)
-    if (operation is not None and operation.op_id == op_id) or turn.deployment.last_op == op_id:
-        return _replace(state, order=None)
-    return state
+    if refused is None or refused.op_id != order.op_id:
+        return state
+    size = RefusedSize(turn.width, order.target, turn.now, turn.config, refused.is_of_size)
+    return _replace(state, order=None, refused=size)
 
 
 def _threshold(turn: Turn, state: PolicyState) -> float:
@@ -190,8 +177,8 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
     above_since = (state.above_since_s if state.above_since_s is not None else turn.now) if saturated else None
     state = _replace(state, above_since_s=above_since)
 
-    def hold(reason: Reason) -> Decision:
-        return Decision(target=None, reason=reason, evidence=evidence, state=state)
+    def hold(reason: Reason, target: int | None = None) -> Decision:
+        return Decision(target=target, reason=reason, evidence=evidence, state=state)
 
     if config.mode == "off":
         return hold(Reason.OFF)
@@ -201,7 +188,7 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
         return hold(Reason.RECOVERING)
     if state.order is not None:
         if turn.now - state.order.sent_s < config.accept_s:
-            return hold(Reason.AWAITING)
+            return hold(Reason.AWAITING, state.order.target)
         order = _replace(state.order, sent_s=turn.now)
         return Decision(
             target=order.target,
@@ -212,23 +199,25 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
             supersedes=order.supersedes,
             acts=config.mode == "act",
         )
-    if state.refused_until_s is not None and turn.now < state.refused_until_s:
-        return hold(Reason.AFTER_REFUSAL)
+    if state.refused is not None and turn.now - state.refused.at_s < REFUSED_S:
+        return hold(Reason.AFTER_REFUSAL, state.refused.target)
     if turn.width < turn.least:
-        return _order(turn, state, evidence, turn.least, Reason.GROW_BOUND)
+        return _order(turn, state, evidence, min(turn.least, most_now(turn, state)), Reason.GROW_BOUND)
     if state.unknown_since_s is not None:
         return _blind(turn, state, evidence)
     grown = _grow(turn, state, evidence)
-    if grown is not None:
+    if grown is not None and grown.reason is not Reason.OUT_OF_REACH:
         return grown
     if deployment.lost_s is not None and turn.now - deployment.lost_s < config.loss_hold_s:
         return hold(Reason.AFTER_LOSS)
     if turn.width > config.replicas_max:
-        if not _has_room(turn, config.replicas_max):
+        if not has_room(turn, config.replicas_max):
             return hold(Reason.KV_WOULD_NOT_FIT)
         if turn.prices(config.replicas_max) is None:
             return hold(Reason.NO_PLAN)
         return _order(turn, state, evidence, config.replicas_max, Reason.SHRINK_BOUND)
+    if grown is not None:
+        return grown
     if above_since is not None:
         return hold(Reason.AT_MAX if turn.width >= turn.most else Reason.STEADY)
     if turn.width < config.replicas_min:
@@ -244,6 +233,8 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
         saved_s=verdict.saved_s,
         cost_s=verdict.cost_s,
     )
+    if verdict.reason is Reason.NO_PLAN and (state.no_plan is None or state.no_plan.target < target):
+        state = _replace(state, no_plan=NoPlan(turn.width, target, turn.now))
     if verdict.reason is not Reason.SHRINK_IDLE:
         return hold(verdict.reason)
     return _order(turn, state, evidence, target, Reason.SHRINK_IDLE)
@@ -251,7 +242,8 @@ def _decide(turn: Turn, state: PolicyState, evidence: Evidence, threshold: float
 
 def _smaller(turn: Turn, state: PolicyState, demand: Demand, threshold: float) -> tuple[int, Verdict]:
     """The smallest width that every guard agrees to, but no less than a half of the present one; or the next smaller
-    one, with what speaks against it."""
+    one, with what speaks against it. Of widths without a plan, one in the middle between those and the present one: one
+    is priced in a turn, so a few turns find one that has a plan."""
     config, reaction_s = turn.config, turn.deployment.reaction_s
 
     def verdict_on(target: int) -> Verdict:
@@ -267,9 +259,22 @@ def _smaller(turn: Turn, state: PolicyState, demand: Demand, threshold: float) -
             target, verdict = middle, further
         else:
             least = middle + 1
+    barred = _barred(turn, state)
+    if verdict.reason is Reason.SHRINK_IDLE and target <= barred:
+        if barred == turn.width - 1:
+            return turn.width - 1, verdict_on(turn.width - 1)._replace(reason=Reason.NO_PLAN)
+        target = (barred + turn.width) // 2
+        verdict = verdict_on(target)
     if verdict.reason is Reason.SHRINK_IDLE:
         verdict = priced(Shrink(turn.width, target, reaction_s), config, turn.widths, turn.prices, state, verdict)
     return target, verdict
+
+
+def _barred(turn: Turn, state: PolicyState) -> int:
+    """The widest shrink that had no plan, or was refused for its size; 0 for none."""
+    no_plan, refused = state.no_plan, state.refused
+    planned = no_plan.target if no_plan is not None else 0
+    return max(planned, refused.target if refused is not None and refused.target < turn.width else 0)
 
 
 def _meanwhile(turn: Turn, state: PolicyState, evidence: Evidence, operation: OperationFacts) -> Decision:
@@ -281,7 +286,7 @@ def _meanwhile(turn: Turn, state: PolicyState, evidence: Evidence, operation: Op
     # Who is behind for want of a rank is no load; and a shrink into the bounds goes on.
     may_grow = state.unknown_since_s is None and not turn.deployment.is_degraded and turn.width <= turn.most
     if operation.kind == "shrink" and turn.is_panic and may_grow and state.order is None:
-        target = max(turn.width, _target(turn, state, evidence))
+        target = max(turn.width, target_of(turn, state, evidence))
         return _order(turn, state, evidence, target, Reason.SUPERSEDE_SHRINK, operation.op_id)
     if is_stuck(config, operation, turn.now):
         if config.mode == "act":
@@ -326,7 +331,10 @@ def _grow(turn: Turn, state: PolicyState, evidence: Evidence) -> Decision | None
         reason = Reason.GROW_PANIC if turn.is_panic else Reason.GROW_SATURATED
     else:
         return _grow_ahead(turn, state, evidence)
-    target = _target(turn, state, evidence)
+    target = target_of(turn, state, evidence)
+    if target <= turn.width:
+        evidence = _replace(evidence, of_width=turn.most, predicted=predicted_at(turn, turn.most))
+        return Decision(target=None, reason=Reason.OUT_OF_REACH, evidence=evidence, state=state)
     return _order(turn, state, _replace(evidence, of_width=target), target, reason)
 
 
@@ -339,43 +347,11 @@ def _grow_ahead(turn: Turn, state: PolicyState, evidence: Evidence) -> Decision 
     if ahead - chance <= capacity(turn.widths(turn.width), turn.demand, config):
         return None
     coming = turn.demand.at(ahead)
-    target = _smallest(turn, coming, config.headroom)
+    target = smallest(turn, state, coming, config.headroom)
+    if target <= turn.width:
+        return None
     evidence = _replace(evidence, of_width=target, predicted=predicted(turn.widths(target), coming, config))
     return _order(turn, state, evidence, target, Reason.GROW_FORECAST)
-
-
-def _target(turn: Turn, state: PolicyState, evidence: Evidence) -> int:
-    """How far up: the smallest width that keeps up with the demand and what waits."""
-    config, demand, signals = turn.config, turn.demand, turn.signals
-    if isinstance(demand, Unknown) or turn.widths(turn.width).step is None:
-        ratio = max(turn.raw.worst, state.saturation or 0.0) / (evidence.threshold or config.up_max)
-        return min(max(turn.width + 1, math.ceil(turn.width * ratio)), 2 * turn.width, turn.most)
-    rate = demand.requests_per_s
-    if state.excess.is_too_much(config.up_after_s) and not isinstance(signals.burst_per_s, Unknown):
-        rate = max(rate, signals.burst_per_s)
-    waiting = max(0.0, signals.queued / config.ttft_s - rate / 2)  # those who are served in time wait, too
-    return _smallest(turn, demand.at(rate + waiting), config.headroom)
-
-
-def _smallest(turn: Turn, demand: Demand, headroom: float) -> int:
-    """The smallest width above the present one that the demand fits in, or the largest allowed. What does for one width
-    does for all wider ones."""
-
-    def does(width: int) -> bool:
-        return _fits(turn.widths(width), demand, turn.config, headroom) and _has_room(turn, width)
-
-    largest = min(GROWTH_MAX * turn.width, turn.most)
-    return bisect_left(range(largest), True, lo=min(turn.width + 1, largest), hi=largest, key=does)
-
-
-def _fits(facts: WidthFacts, demand: Demand, config: PolicyConfig, headroom: float) -> bool:
-    return predicted(facts, demand.times(headroom), config).worst < 1.0
-
-
-def _has_room(turn: Turn, width: int) -> bool:
-    used = turn.signals.kv_used
-    room = turn.widths(width).kv_tokens * width * turn.config.kv_share_max
-    return isinstance(used, Unknown) or used <= room
 
 
 def _order(
@@ -387,7 +363,8 @@ def _order(
         return Decision(target=None, reason=Reason.TOO_MANY, evidence=evidence, state=state)
     op_id = order_id(state.num_orders + 1, turn.now)
     if config.mode == "act":
-        state = sent(config, turn.width, state, ScaleOrder(op_id, target, turn.now, supersedes))
+        is_bound = reason in (Reason.GROW_BOUND, Reason.SHRINK_BOUND)
+        state = sent(state, ScaleOrder(op_id, target, turn.now, turn.width, supersedes, is_bound))
     return Decision(
         target=target,
         reason=reason,

@@ -108,6 +108,15 @@ def predicted(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> Satura
     )
 
 
+def reached(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> tuple[float, float, float] | None:
+    """What `predicted` says, not clamped: time to the first token, between tokens, KV, each over its objective. None
+    where nothing is known, or the work grows without end."""
+    found = _in_the_long_run(facts, facts.step, demand, demand.requests_per_s) if facts.step is not None else None
+    if found is None:
+        return None
+    return found.ttft_s / config.ttft_s, found.itl_s / config.itl_s, found.kv_share / config.kv_share_max
+
+
 def _in_the_long_run(facts: WidthFacts, step: StepModel, demand: Demand, per_s: float) -> _InTheLongRun | None:
     """Of so many requests per second, as those of `demand`; None where the work grows without end."""
     rho = work(step, demand, per_s) / facts.width

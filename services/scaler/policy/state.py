@@ -8,6 +8,7 @@ from typing import Annotated
 import msgspec
 
 from elasticmoe.common.described import says
+from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.demand import Demand, Forecast
 from elasticmoe.services.scaler.policy.recent import Excess, Recent
 from elasticmoe.services.scaler.policy.saturation import Saturation
@@ -38,6 +39,7 @@ class Reason(StrEnum):
     OPERATION = "operation_in_progress"
     AWAITING = "awaiting_answer"
     RECOVERING = "recovering"
+    OUT_OF_REACH = "objective_out_of_reach"
     AFTER_LOSS = "after_loss"
     AFTER_REFUSAL = "after_refusal"
     TOO_MANY = "too_many_operations"
@@ -51,13 +53,34 @@ class Reason(StrEnum):
 
 
 class ScaleOrder(msgspec.Struct, frozen=True):
-    """What the policy asked for. `op_id`: repeated as it is, it is the same operation. `supersedes`: the operation that
-    gives way to it."""
+    """What the policy asked for, of a deployment of `width`. `op_id`: repeated as it is, it is the same operation.
+    `supersedes`: the operation that gives way to it. `is_bound`: it leads into the bounds, which is no answer to a
+    load."""
 
     op_id: str
     target: int
     sent_s: float
+    width: int
     supersedes: str | None = None
+    is_bound: bool = False
+
+
+class RefusedSize(msgspec.Struct, frozen=True):
+    """That no order led from `width` to `target` at `at_s`, by this policy. `is_of_size`: and that none would."""
+
+    width: int
+    target: int
+    at_s: float
+    policy: PolicyConfig
+    is_of_size: bool
+
+
+class NoPlan(msgspec.Struct, frozen=True):
+    """That the planner refused the change from `width` to `target` at `at_s`."""
+
+    width: int
+    target: int
+    at_s: float
 
 
 class AdvisedSize(msgspec.Struct, frozen=True):
@@ -90,13 +113,14 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     unknown_since_s, known_since_s: since when something is not known, or everything is
     order: sent, and not answered yet
     num_orders: sent so far; they are numbered
-    sent_s: of the orders in `operations_over_s`
-    grown_s, shrunk_s: when the last growth and the last shrink were ordered, or, by others, made
+    sent_s: of the orders in `operations_over_s` that were accepted
+    grown_s, shrunk_s: when the last growth and the last shrink were ordered that were accepted, or, by others, made
     hold_s: before the next shrink, None: as configured
     flap_s: when the last flap was, while it counts for `hold_s`; `too_small`: what flaps have shown, one
         for each width
     cancelled: the operation that was told to give way last
-    refused_until_s: no order before
+    refused: the last order that was, while that counts
+    no_plan: the widest shrink that was found to have none, while that counts
     dwell_s: mean time from a shrink to the growth after it, None before the first
     advice: that stands, in the mode `advise`; `withdrawn_s`: when the last one to shrink was taken back
     """
@@ -120,7 +144,8 @@ class PolicyState(msgspec.Struct, frozen=True, kw_only=True):
     flap_s: float | None = None
     too_small: tuple[TooSmall, ...] = ()
     cancelled: str | None = None
-    refused_until_s: float | None = None
+    refused: RefusedSize | None = None
+    no_plan: NoPlan | None = None
     dwell_s: float | None = None
     advice: AdvisedSize | None = None
     withdrawn_s: float | None = None
@@ -146,7 +171,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """What comes of a turn.
 
-    target: replicas to have; None: no change is wanted
+    target: replicas to have, also while an order for them waits, or a while passes after its refusal; None: no change
+        is wanted
     op_id: of the order for it, or of the operation that is to be cancelled (`CANCEL_STUCK`)
     supersedes: an operation that has to give way first, before its commit
     acts: whether it is to be done; in the mode `advise`, and where it holds, it is not

@@ -139,9 +139,10 @@ def _solve(matrix: list[list[float]], right: list[float]) -> list[float] | None:
     return found
 
 
-def nearest(models: Mapping[int, StepModel], width: int) -> StepModel | None:
-    """The model of a width; of its nearest neighbour where it has none, the wider one of two; None of none at all."""
-    return models[min(models, key=lambda known: (abs(known - width), -known))] if models else None
+def nearest(models: Mapping[int, StepModel], width: int) -> int | None:
+    """The width whose model a width goes by: its own, or its nearest neighbour's where it has none, the wider one of
+    two; None where there are no models."""
+    return min(models, key=lambda known: (abs(known - width), -known)) if models else None
 
 
 class StepModels:
@@ -168,5 +169,10 @@ class StepModels:
         return dict(self._models)
 
     def of(self, width: int) -> StepModel | None:
+        """What a width goes by."""
+        known = self.nearest(width)
+        return self._models[known] if known is not None else None
+
+    def nearest(self, width: int) -> int | None:
         """See `nearest`."""
         return nearest(self._models, width)

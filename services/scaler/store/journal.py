@@ -131,6 +131,11 @@ class Journal:
             self._policy = policy
             self._lock.notify()
 
+    def is_kept(self, policy: PolicyRecord) -> bool:
+        """Whether the store holds this policy, or one that came after it."""
+        with self._lock:
+            return self._last_policy is not None and self._last_policy.version >= policy.version
+
     def event(self, event: Event) -> None:
         """Append an event. Does not block; the oldest unwritten ones fall out beyond EVENTS_QUEUED_MAX."""
         with self._lock:
@@ -339,12 +344,13 @@ class Journal:
             self._on_written()
         elif policy is not None:
             self._store.put_policy(self._writer, policy)
-            self._last_policy = policy
             # A store that is rolled back to before the policy then has another mark, and gets it again.
             self._stored = self._store.put_operation(self._writer, self._last_operation)
             with self._lock:
+                self._last_policy = policy
                 if self._policy is policy:
                     self._policy = None
+            self._on_written()
         elif event is not None:
             self._store.append_event(self._writer, event)
             with self._lock:
