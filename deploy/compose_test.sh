@@ -60,7 +60,7 @@ cleanup() {
     compose_for 60 logs --no-color --timestamps --tail=200 >&2
   fi
   step "taking everything down"
-  compose_for "$DOWN_S" down --volumes --remove-orphans >"$work/down.log" 2>&1
+  compose_for "$DOWN_S" --profile monitoring down --volumes --remove-orphans >"$work/down.log" 2>&1
   if [ -n "$(leftovers)" ]; then
     cat "$work/down.log" >&2
     echo "FAIL: left over: $(leftovers | tr '\n' ' ')" >&2
@@ -169,6 +169,37 @@ step "each container knows its own secrets alone, and has limits of cores, memor
 token=$(docker exec "$(container scaler)" cat /run/elasticmoe/secrets/admin.token)
 curl --silent --fail --max-time 10 --header "Authorization: Bearer $token" "$admin/v1/layout" >"$work/layout.json" ||
   fail "the admin listener refuses the token"
+
+# The page's files are those of the installed package.
+curl --silent --fail --max-time 10 "$admin/" >"$work/page.html" || fail "the web page"
+files=$(grep -oE '(src|href)="/page/[^"]+"' "$work/page.html" | cut -d'"' -f2)
+[ -n "$files" ] || fail "the web page names no file"
+for file in $files /page/views/now.js; do
+  curl --silent --fail --max-time 10 --output /dev/null "$admin$file" || fail "the web page's $file"
+done
+step "the web page is served with its $(wc -w <<<"$files") files"
+
+# ---- the profile `monitoring` ----------------------------------------------------------------------------------------
+
+# Prometheus' own image, or the distribution's package on the base image where that cannot be pulled.
+watched=$(compose --profile monitoring config | sed -n 's/^ *image: *//p' | grep prometheus)
+if ! docker image inspect "$watched" >/dev/null 2>&1 && ! timeout 120 docker pull "$watched" >/dev/null 2>&1; then
+  watched=elasticmoe-prometheus:compose-test
+  printf '%s\n' "FROM $base" 'USER root' \
+    'RUN apt-get update && apt-get install --yes --no-install-recommends prometheus' \
+    'ENTRYPOINT ["/usr/bin/prometheus"]' |
+    timeout 300 docker build --tag "$watched" - >"$work/prometheus.log" 2>&1 || watched=""
+fi
+if [ -n "$watched" ]; then
+  export ELASTICMOE_PROMETHEUS_IMAGE=$watched
+  compose_for "$READY_S" --profile monitoring up --detach --no-build prometheus >"$work/prometheus.log" 2>&1 ||
+    { cat "$work/prometheus.log" >&2; fail "Prometheus"; }
+  watches() { timeout 20 docker exec --interactive "$(container scaler)" python - <deploy/watched.py; }
+  await 120 "Prometheus scrapes router and scaler" watches
+  step "Prometheus scrapes both listeners and knows the alerts"
+else
+  echo "NOT RUN: the profile monitoring: no image of Prometheus can be had: $(tail -1 "$work/prometheus.log")"
+fi
 
 # ---- an answer, a dead worker, the same answer -----------------------------------------------------------------------
 

@@ -6,12 +6,13 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import httpx
 import pytest
 
 from scripts.browser import Browser, why_not
 from tests.procs.clients import Load
 from tests.procs.deployment import Deployment
-from tests.procs.page import VIEWS, Page
+from tests.procs.page import VIEWS, Page, without
 from tests.procs.page_stage import staged
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
@@ -233,11 +234,22 @@ def test_the_experts_(page: Page, deployment: Deployment) -> None:
     assert shown == loads[: len(shown)]
 
 
+def is_a_row_of(page: Page, url: str) -> bool:
+    """The page is up to some seconds behind; what it shows is one of the last rows."""
+    shown, token = page.figures(), {"Authorization": "Bearer stage"}
+    columns = httpx.get(f"{url}/v1/series", headers=token, trust_env=False).json()["columns"]
+    return any(without(columns, row) == shown for row in range(-20, 0))
+
+
 def test_one_device_is_a_page_too(browser: Browser) -> None:
     with staged(1) as url:
         page = Page.after_another(browser, url, "stage")
         browser.wait(lambda: "1 device: 1 used, 0 free" in browser.text(), "it is counted")
         assert [*page.tiles()] == ["host:0"]
+        browser.wait(lambda: is_a_row_of(page, url), "the figures are the series'")
+        saturation = {name: value for name, value in page.figures().items() if name.endswith("_saturation")}
+        assert len(saturation) == 5
+        assert None not in saturation.values()
         for view in VIEWS:
             page.show(view)
             browser.wait(lambda: "Loading" not in browser.text(), "it is drawn")
