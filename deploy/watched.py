@@ -1,5 +1,5 @@
-"""Whether the Prometheus of compose.yaml scrapes router and scaler, has their figures, and knows the alerts: exit status
-0, or 1 with what is missing. For `compose_test.sh`, which runs it in the scaler's container."""
+"""Whether the Prometheus of compose.yaml scrapes router and scaler, has their figures, and knows the alerts: exit
+status 0, or 1 with what is missing. For `compose_test.sh`, which runs it in the scaler's container."""
 
 from __future__ import annotations
 
