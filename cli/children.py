@@ -29,7 +29,8 @@ class ChildSpec:
     answers, where others wait for that; `after`: names of children that have to answer before it starts. `sockets`:
     names of the launcher's listening sockets that it serves. `is_vital`: without it nobody is served, so a deployment
     in which it does not stay up ends. `is_outlived`: what it started may go on without it, and is ended after it when
-    the deployment stops.
+    the deployment stops. `ends_after`: names of the only children that need it until they have ended: it is asked to
+    end then, and waited for in its turn; empty: it is asked in its turn.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ChildSpec:
     sockets: tuple[str, ...] = ()
     is_vital: bool = False
     is_outlived: bool = False
+    ends_after: tuple[str, ...] = ()
 
 
 class Child:

@@ -45,7 +45,10 @@ def store_spec(config: Common) -> ChildSpec:
     descriptor = os.open(conf, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w") as file:
         file.write(configuration(config))
-    return ChildSpec("store", (str(server_binary()), str(conf)), awaits=config.socket("store"))
+    # It looks once a second whether it is to end (see _TURNS_PER_S); HMM, keeper and pool do not use it.
+    return ChildSpec(
+        "store", (str(server_binary()), str(conf)), awaits=config.socket("store"), ends_after=("router", "scaler")
+    )
 
 
 def configuration(config: Common) -> str:

@@ -92,6 +92,7 @@ class Launcher:
         self._state: State = "starting"
         self._num_signals = 0
         self._num_interrupts = 0
+        self._asked: set[str] = set()  # to end, before their turn
         self._is_recorded = True
         self._orphans = Orphans(lambda: {child.pid for child in self._children.values()})
         self._selector = selectors.DefaultSelector()
@@ -253,19 +254,30 @@ class Launcher:
         for listener in self._plan.listeners.values():
             listener.close()  # who connects from now on is refused as soon as the children have stopped listening
         self._num_interrupts = 0
+        self._asked.clear()
         for spec in reversed(self._specs.values()):
             if spec.name in self._children:
                 self._console.progress(f"stopping {spec.name}")
                 self._stop_child(spec)
             if spec.is_outlived:
                 self._stop_orphans(spec.name, spec.grace_s)
+            self._ask_ahead()
         self._stop_orphans("a child", _STRAY_GRACE_S)
         self._console.close()
+
+    def _ask_ahead(self) -> None:
+        """Ask those to end that nobody needs any more, who are waited for in their turn."""
+        for name, child in self._children.items():
+            needed_by = self._specs[name].ends_after
+            if needed_by and self._children.keys().isdisjoint(needed_by) and name not in self._asked:
+                self._asked.add(name)
+                child.terminate()
 
     def _stop_child(self, spec: ChildSpec) -> None:
         child = self._children[spec.name]
         self._selector.unregister(child.pidfd)
-        child.terminate()
+        if spec.name not in self._asked:
+            child.terminate()
         if not self._wait(child, spec.grace_s):
             self._console.line(f"{spec.name} did not end within {spec.grace_s:g} s of SIGTERM; killed")
             child.kill()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
 from elasticmoe.common.config import HmmConfig
-from elasticmoe.common.process import run_service
+from elasticmoe.common.process import leave, run_service
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.services.hmm.assembly import open_hmm
 
@@ -24,4 +22,4 @@ def run(config: HmmConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_service("hmm", HmmConfig, run))
+    leave(run_service("hmm", HmmConfig, run))

@@ -10,18 +10,18 @@ import contextlib
 import os
 import resource
 import select
-import signal
 import sys
 from typing import Final
 
 from elasticmoe.common.config import KeeperConfig
 from elasticmoe.common.fdchannel import Channel, Listener, close_all
-from elasticmoe.common.process import run_service
+from elasticmoe.common.process import leave, run_service
 from elasticmoe.common.protocol.codec import Message
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.keeper import TO_KEEPER, Fetch, Forget, Keep, Kept
 from elasticmoe.common.protocol.limits import FDS_MAX
 from elasticmoe.common.protocol.replies import Ack, refusal
+from elasticmoe.common.stop_signals import StopSignals
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.transport import new_identity
 
@@ -41,22 +41,20 @@ class Keeper:
         self._kept: dict[str, int] = {}
         self._kept_max = max(0, open_files_max() - FDS_SPARE)
         self._channels: dict[int, Channel[Keep | Forget | Fetch]] = {}
-        self._wake_out, self._wake_in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signals = StopSignals(self.stop)
         self._is_stopping = False
 
-    def stop(self, *_: object) -> None:
-        """Signal handler: only records."""
+    def stop(self) -> None:
+        """Let `run` return."""
         self._is_stopping = True
 
     def run(self) -> None:
         """Serve until a signal."""
-        signal.set_wakeup_fd(self._wake_in, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.stop)
+        self._signals.listen()
         self._log.info("keeper ready", pid=os.getpid(), descriptors_max=self._kept_max)
         while not self._is_stopping:
             poller = select.poll()
-            for fd in (self._wake_out, self._listener.fileno(), *self._channels):
+            for fd in (self._signals.fileno(), self._listener.fileno(), *self._channels):
                 poller.register(fd, select.POLLIN)
             ready = {fd for fd, _ in poller.poll(60_000)}
             for fd in ready & set(self._channels):
@@ -126,7 +124,8 @@ class Keeper:
         for channel in self._channels.values():
             channel.close()
         self._listener.close()
-        close_all([*self._kept.values(), self._wake_in, self._wake_out])
+        close_all(self._kept.values())
+        self._signals.close()
 
 
 def open_files_max() -> int:
@@ -144,9 +143,8 @@ def run(config: KeeperConfig) -> None:
     try:
         keeper.run()
     finally:
-        signal.set_wakeup_fd(-1)
         keeper.close()
 
 
 if __name__ == "__main__":
-    sys.exit(run_service("keeper", KeeperConfig, run))
+    leave(run_service("keeper", KeeperConfig, run))

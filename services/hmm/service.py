@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 from typing import Final
 
 from elasticmoe.common.failpoint import failpoint
@@ -31,6 +30,7 @@ from elasticmoe.common.protocol.hmm import (
 from elasticmoe.common.protocol.limits import TP_MAX
 from elasticmoe.common.protocol.replies import Ack, Refused, refusal
 from elasticmoe.common.protocol.scaler import Integrity
+from elasticmoe.common.stop_signals import StopSignals
 from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.blocks import check_ranks
 from elasticmoe.services.hmm.memory.catalog import Loaded, layouts
@@ -76,25 +76,21 @@ class Hmm:
             parts.clock,
         )
         self._loading = Loading()
-        self._wake: tuple[int, ...] = ()  # both ends of a pipe that signals write to
+        self._signals = StopSignals(self.stop)
         self._watched: set[int] = set()
         self._is_stopping = False
 
     # ---- Life
 
-    def stop(self, *_: object) -> None:
-        """Signal handler: only records."""
+    def stop(self) -> None:
+        """Let `run` return."""
         self._is_stopping = True
 
     def start(self) -> None:
         """Find the keeper and adopt what it holds. Raises Unavailable when it is not there in time."""
-        self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        wake_out, wake_in = self._wake
-        signal.set_wakeup_fd(wake_in, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.stop)
+        self._signals.listen()
         poller = select.poll()
-        poller.register(wake_out, select.POLLIN)
+        poller.register(self._signals.fileno(), select.POLLIN)
         deadline = self._clock.monotonic() + _KEEPER_WAIT_S
         while not self._is_stopping:
             try:
@@ -155,7 +151,7 @@ class Hmm:
         self._large_pages.turn(is_loading=self._loading.is_at_work)
 
     def _watch(self) -> None:
-        wanted = {self._wake[0], self._background.fileno(), *self._attachments.fds()}
+        wanted = {self._signals.fileno(), self._background.fileno(), *self._attachments.fds()}
         if self._parking.is_connected:
             wanted.add(self._parking.fileno())
         for fd in self._watched - wanted:
@@ -171,15 +167,13 @@ class Hmm:
         self._transitions.stop()
         self._copies.close()
         is_quiet = self._background.join(_STOP_WAIT_S)
-        signal.set_wakeup_fd(-1)
+        self._signals.close()
         self._attachments.close()
         self._server.close()
         self._parking.close()
         if is_quiet:  # else a thread still writes there; the process's end unmaps it
             self._background.close()
             self._holdings.close()
-        for fd in self._wake:
-            os.close(fd)
 
     # ---- Control messages
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import uvloop
 
 from elasticmoe.common.config import RouterConfig
 from elasticmoe.common.http.keys import read_key
 from elasticmoe.common.http.listener import bind
 from elasticmoe.common.inherited import inherited
-from elasticmoe.common.process import run_service
+from elasticmoe.common.process import leave, run_service
 from elasticmoe.common.store import async_store_of
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.router.service import RouterService
@@ -35,4 +33,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.http.listener import bind
 from elasticmoe.common.inherited import inherited
 from elasticmoe.common.private import read_secret
-from elasticmoe.common.process import run_service
+from elasticmoe.common.process import leave, run_service
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.tracing.opening import open_spans
 from elasticmoe.services.scaler.api.admin import build_app, serve
@@ -51,4 +50,4 @@ def run(config: ScalerConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_service("scaler", ScalerConfig, run))
+    leave(run_service("scaler", ScalerConfig, run))

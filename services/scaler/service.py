@@ -80,6 +80,7 @@ class Scaler:
         self._config = config
         self._identity = parts.identity
         self._clock = parts.clock
+        self._wake = parts.poller.wake
         self._reserve = parts.reserve
         self._links = Links(config, spec, parts, self._on_event)
         self.lease = Lease(parts.store.another("scaler-lease"), parts.identity, config.lease_ms, parts.fence)
@@ -129,8 +130,9 @@ class Scaler:
         self.status_cache = StatusCache(StatusSnapshot("starting", "", None, None, None, 0, settings))
 
     def stop(self, *_: int | FrameType | None) -> None:
-        """Signal handler: only records."""
+        """Let `run` return. A signal handler: it records and wakes."""
         self._stopping = True
+        self._wake()
 
     def trace(self, spans: Spans | None) -> None:
         """Let operations be written as `spans`, where there are any."""

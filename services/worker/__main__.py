@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from elasticmoe.common.config import PoolConfig
-from elasticmoe.common.process import run_service
+from elasticmoe.common.process import leave, run_service
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.worker.pool.pool import Pool
 
@@ -30,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

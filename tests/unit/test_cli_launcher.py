@@ -16,6 +16,7 @@ from elasticmoe.cli.console import PlainConsole
 from elasticmoe.cli.launcher import Launcher, Plan, StopRequested
 from elasticmoe.cli.logs import Logs
 from elasticmoe.common.protocol.errors import DeadlineExceeded, ElasticMoEError
+from tests.procs.waiting import wait_until
 
 SLEEP = ("/bin/sleep", "60")
 FIRST = ChildSpec("first", SLEEP, awaits=Path("its socket"))
@@ -46,8 +47,14 @@ class Stage:
         self.asked: list[str] = []
         self.launchers: list[Launcher] = []
 
-    def start(self, specs: Sequence[ChildSpec], answers: Callable[[str], bool], seconds: float = 30.0) -> None:
-        """Run the launcher up to where all is ready."""
+    def start(
+        self,
+        specs: Sequence[ChildSpec],
+        answers: Callable[[str], bool],
+        seconds: float = 30.0,
+        then: Callable[[Launcher], None] = lambda _: None,
+    ) -> None:
+        """Run the launcher up to where all is ready, and further by `then`."""
 
         def is_answering(spec: ChildSpec) -> bool:
             if spec.awaits is None:
@@ -74,6 +81,7 @@ class Stage:
         self.launchers.append(launcher)
         with launcher.signals():
             launcher.start()
+            then(launcher)
 
 
 def names_of(processes: Sequence[object]) -> list[str]:
@@ -126,3 +134,30 @@ def test_an_end_in_the_wait_is_told(stage: Stage) -> None:
     with pytest.raises(ElasticMoEError, match="first ended with exit code 7"), suppress(DeadlineExceeded):
         stage.start((ends, SECOND), lambda _: False)
     assert "second" not in stage.started
+
+
+COUNTS = """
+n=0
+trap 'n=$((n+1)); echo $n >> asked' TERM
+echo > up
+while [ ! -e go ]; do sleep 0.01; done
+"""
+WAITS = """
+trap '' TERM
+while [ ! -e asked ]; do sleep 0.01; done
+touch go
+"""
+
+
+def test_who_is_needed_no_more_is_asked_to_end_before_its_turn_and_once(stage: Stage) -> None:
+    """The store, which takes up to a second to hear it, ends beside those that do not use it."""
+    ahead = ChildSpec("ahead", ("/bin/sh", "-c", COUNTS), ends_after=("user",))
+    between = ChildSpec("between", ("/bin/sh", "-c", WAITS))  # its turn is before that of the one that is ahead
+
+    def stop(launcher: Launcher) -> None:
+        wait_until((stage.folder / "up").exists, "it listens")
+        launcher.stop()
+        assert launcher.num_unclean == 0
+
+    stage.start((ahead, between, ChildSpec("user", SLEEP)), lambda _: True, then=stop)
+    assert (stage.folder / "asked").read_text() == "1\n"

@@ -17,7 +17,6 @@ import select
 import signal
 import time
 from contextlib import suppress
-from types import FrameType
 
 from elasticmoe.common.config import PoolConfig
 from elasticmoe.common.failpoint import failpoint
@@ -29,6 +28,7 @@ from elasticmoe.common.protocol.limits import RANKS_MAX, TP_MAX
 from elasticmoe.common.protocol.pool import GetPool, StartRank, StopRank, ToPool
 from elasticmoe.common.protocol.replies import Ack, refusal
 from elasticmoe.common.protocol.scaler import PoolStatus, RankExited, RankStarted
+from elasticmoe.common.stop_signals import StopSignals
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.common.ties import take_in_orphans
 from elasticmoe.common.transport import Server, new_identity
@@ -73,16 +73,17 @@ class Pool:
         self._failures = 0
         self._fork_at = 0.0
         self._num_unforked = 0  # attempts in a row to start a standby
+        self._signals = StopSignals(self.stop)
         self._stopping = False
 
-    def stop(self, *_: int | FrameType | None) -> None:
-        """Signal handler: only records."""
+    def stop(self) -> None:
+        """Let `run` return."""
         self._stopping = True
 
     def run(self) -> None:
         """Serve until a signal comes. Raises Unavailable when standbys cannot be kept alive."""
-        signal.signal(signal.SIGTERM, self.stop)
-        signal.signal(signal.SIGINT, self.stop)
+        self._signals.listen()
+        self._server.watch(self._signals.fileno())
         try:
             self._adopt()
             while not self._stopping:
@@ -94,6 +95,7 @@ class Pool:
                     time.sleep(SHORTAGE_S)  # nothing to wait for tells that there is memory again
         finally:
             self._stop_all()
+            self._signals.close()
             self._server.close()
             self._seats.close()
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import FrameType
 from typing import Self
 
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.protocol.scaler import RankReady
+from elasticmoe.common.stop_signals import StopSignals
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.rank.lockstep import Lockstep
 from elasticmoe.services.worker.rank.parts import SeatParts
@@ -64,21 +63,27 @@ class SeatLoop(ABC):
     def _close(self) -> None:
         """Close what is not everybody's."""
 
-    def stop(self, *_: int | FrameType | None) -> None:
-        """Signal handler: only records."""
+    def stop(self) -> None:
+        """Let `run` return."""
         self.is_stopping = True
 
     def run(self) -> None:
         """Serve until SIGTERM, or until it has left. Raises StepTimedOut when a peer stays away too long,
         ElasticMoEError `memory_replaced`."""
-        signal.signal(signal.SIGTERM, self.stop)
         monotonic = self._clock.monotonic
-        self.start(monotonic())
-        while not self.is_stopping:
-            wait_ms = self.turn(monotonic())
-            if wait_ms:
-                self.wait(wait_ms)
-        self.finish()
+        signals = StopSignals(self.stop)
+        signals.listen()
+        self._server.watch(signals.fileno())
+        try:
+            self.start(monotonic())
+            while not self.is_stopping:
+                wait_ms = self.turn(monotonic())
+                if wait_ms:
+                    self.wait(wait_ms)
+            self.finish()
+        finally:
+            self._server.unwatch(signals.fileno())
+            signals.close()
 
     def start(self, now: float) -> None:
         """Go on with what the seat's last rank has left, and be there for all others."""

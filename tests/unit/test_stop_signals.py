@@ -1,0 +1,62 @@
+"""Signals that end a process as a descriptor: a wait ends with them."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+from elasticmoe.common.stop_signals import StopSignals
+
+# Waits for a minute where nothing else wakes it, and says how it ended.
+_WAITER = """
+import select, signal, sys
+from elasticmoe.common.stop_signals import StopSignals
+if sys.argv[1] == "ignored":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+told = []
+signals = StopSignals(lambda: told.append("told"))
+signals.listen()
+poller = select.poll()
+poller.register(signals.fileno(), select.POLLIN)
+print("waits", flush=True)
+print(bool(poller.poll(60_000)), told, flush=True)
+signals.close()
+signals.close()
+"""
+
+
+def waiter(how: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", _WAITER, how], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waits\n"
+    return process
+
+
+def test_each_ends_a_wait_and_is_told() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = waiter("")
+        process.send_signal(number)
+        assert process.communicate(timeout=30)[0] == "True ['told']\n"
+        assert process.returncode == 0
+
+
+def test_one_that_is_ignored_stays_so() -> None:
+    """Ctrl-C reaches all processes of a terminal, and is the launcher's to translate."""
+    process = waiter("ignored")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[0] == "True ['told']\n"
+
+
+def test_it_leaves_nothing_behind() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    signals = StopSignals(lambda: None)
+    assert not select.select([signals.fileno()], [], [], 0)[0]
+    signals.close()
+    assert len(os.listdir("/proc/self/fd")) == before
