@@ -123,7 +123,7 @@ def sentence(decision: dict[str, Any]) -> str:
     text = REASONS.get(decision["reason"], decision["reason"])
     if decision["target"] is None:
         return f"{text} ({decision['reason']})"
-    done = "ordered" if decision["acts"] else "advised"
+    done = "ordered" if decision["acts"] else "advised" if decision["mode"] == "advise" else "wanted"
     return f"{decision['replicas']} → {counted(decision['target'], 'replica')} {done}: {text} ({decision['reason']})"
 
 
@@ -158,7 +158,7 @@ def explained(policy: dict[str, Any]) -> list[str]:
         lines.append(f"price       {evidence['cost_s']:.1f} device-seconds, to save {evidence['saved_s']:.1f}")
     if evidence["silent"]:
         lines.append(f"silent      {', '.join(evidence['silent'])}")
-    if decision["target"] is not None and not decision["acts"]:
+    if decision["target"] is not None and decision["mode"] == "advise":
         lines.append("nothing was done: `elasticmoe policy act` lets it act")
     return lines
 

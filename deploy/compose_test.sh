@@ -182,8 +182,8 @@ step "the web page is served with its $(wc -w <<<"$files") files"
 # ---- the profile `monitoring` ----------------------------------------------------------------------------------------
 
 # Prometheus' own image, or the distribution's package on the base image where that cannot be pulled.
-watched=$(compose --profile monitoring config | sed -n 's/^ *image: *//p' | grep prometheus)
-if ! docker image inspect "$watched" >/dev/null 2>&1 && ! timeout 120 docker pull "$watched" >/dev/null 2>&1; then
+watched=${ELASTICMOE_PROMETHEUS_IMAGE:-$(compose --profile monitoring config | sed -n 's/^ *image: *//p' | grep prometheus || true)}
+if [ -z "$watched" ] || ! docker image inspect "$watched" >/dev/null 2>&1 && ! timeout 120 docker pull "$watched" >/dev/null 2>&1; then
   watched=elasticmoe-prometheus:compose-test
   printf '%s\n' "FROM $base" 'USER root' \
     'RUN apt-get update && apt-get install --yes --no-install-recommends prometheus' \

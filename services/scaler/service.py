@@ -239,6 +239,8 @@ class Scaler:
         actions = executor.decide(seen)
         decision = executor.state.autoscaling.decision
         if seen.load is not None and decision is not None:
+            order = executor.state.autoscaling.policy.order
+            self._autoscaler.wait_for(order.op_id if order is not None else None)
             self._autoscaler.note(decision, cluster.in_force.layout.dp)
         self._show(cluster)
         is_done = executor.execute(actions)
@@ -356,19 +358,20 @@ class Scaler:
         policy = next((policy for taken, policy in self._taken if taken is order), None)
         if policy is None:
             policy = changed(self._policy, order.version, order.config)
-            if policy is self._policy:
+            if not self._is_writing:
+                raise Unready("what the store holds may yet be resumed, and nothing is written over it")
+            if self.journal.is_kept(policy):
                 return policy
             self.lease.check_room()
             self.journal.check_takes()
-            if not self._is_writing:
-                raise Unready("what the store holds may yet be resumed, and nothing is written over it")
             self.journal.keep(policy)
-            self._tell("policy_set", f"version {policy.version}", mode=policy.config.mode)
-            self._use_policy(policy)
+            if policy is not self._policy:
+                self._tell("policy_set", f"version {policy.version}", mode=policy.config.mode)
+                self._use_policy(policy)
             self._taken.append((order, policy))
         if not self.journal.is_kept(policy):
             text = f"version {policy.version} of the policy is in force, and the store has not taken it yet"
-            raise Later(Unavailable(text))
+            raise Later(Unavailable(text, code="store_unavailable"))
         return policy
 
     def _use_policy(self, policy: PolicyRecord) -> None:

@@ -194,6 +194,27 @@ def test_another_policy_that_the_store_does_not_take_is_not_said_to_be_kept() ->
     assert kept == (first.exception(timeout=0) is None)
 
 
+def test_another_policy_that_is_put_again_is_not_said_to_be_kept_either() -> None:
+    """Whoever is refused puts it again: the policy was in force by then, and so it was answered at once."""
+    world = Simulated(next(seed for seed in range(1, 100) if acts(seed)))
+    world.sim.run(3.0)
+    (scaler,) = world.scalers
+    record = world.store.data["policy"]
+    another = msgspec.structs.replace(record.config, ttft_s=7.0)
+    scaler.service.commands.put(SetPolicy(record.version, another))
+    world.store.is_down = True  # the journal has not written it yet
+    world.sim.run(world.sim.now + 0.3)
+    if scaler.service._policy is None or scaler.service._policy.config != another:
+        pytest.skip("it was refused at once")
+    again = scaler.service.commands.put(SetPolicy(record.version + 1, another))
+    world.sim.run(world.sim.now + 1.0)
+    assert world.store.data["policy"] == record
+    assert not again.done() or isinstance(again.exception(timeout=0), Unavailable)
+    world.store.is_down = False
+    world.sim.run(world.sim.now + 3.0)
+    assert world.store.data["policy"].config == another
+
+
 def test_an_order_that_waits_is_refused_when_its_scaler_ends() -> None:
     world = Simulated(1)
     world.sim.run(3.0)

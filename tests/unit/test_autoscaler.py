@@ -184,10 +184,12 @@ def test_figures_go_on_while_nothing_can_be_decided() -> None:
     bench.tick("router:1")
     bench.scaler.note(bench.decision(Reason.STEADY), 2)
     hmm, bench.hmm = bench.hmm, msgspec.structs.replace(bench.hmm, memory=None)
-    for _ in range(3):
+    for turn in range(5):
         bench.now += TICK_S
         bench.router("router:1", admitted=9)
         assert bench.load() is None
+        assert bench.scaler.decision is not None
+        assert (bench.scaler.decision.reason is Reason.STEADY) == (turn < 3), "a missed answer is no reason yet"
     assert bench.scaler.signals is not None
     assert bench.scaler.signals.at_s == bench.now
     assert isinstance(bench.scaler.signals.admitted_per_s, float)
@@ -200,7 +202,7 @@ def test_figures_go_on_while_nothing_can_be_decided() -> None:
     off = Bench(mode="off")
     off.scaler.note(off.decision(Reason.OFF), 2)
     off.hmm = msgspec.structs.replace(off.hmm, memory=None)
-    off.now += TICK_S
+    off.now += 10 * TICK_S
     assert off.load() is None
     assert off.scaler.decision is not None
     assert off.scaler.decision.reason is Reason.OFF, "it decides nothing anyway"
@@ -556,6 +558,19 @@ def test_another_policy_that_might_have_given_it_leaves_an_order_waiting() -> No
     bench.scaler.turn()
     assert len(bench.orders) == 3
     bench.scaler.use(PolicyConfig(mode="act", replicas_max=2))
+    bench.scaler.turn()
+    assert len(bench.orders) == 3
+
+
+def test_an_order_that_the_policy_waits_for_no_more_is_dropped() -> None:
+    """There are no more devices for it, say: accepted all the same, it would be nobody's."""
+    bench = Bench()
+    bench.answer = Running("operation op is in progress", "op")
+    bench.scaler.scale(ScaleTo("policy-1", 3, "supersede_shrink", "op"))
+    bench.scaler.wait_for("policy-1")
+    bench.scaler.turn()
+    assert len(bench.orders) == 3
+    bench.scaler.wait_for(None)
     bench.scaler.turn()
     assert len(bench.orders) == 3
 

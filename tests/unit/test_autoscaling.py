@@ -321,6 +321,18 @@ def test_whose_a_change_is_does_not_depend_on_its_name(number: int | None, is_ow
     assert (after.policy.shrunk_s is None) == is_own
 
 
+def test_a_growth_into_the_bounds_is_no_flap_after_a_restart_either() -> None:
+    def flap(reason: str) -> tuple[object, ...]:
+        grown = ordered(2, 1_050.0, 1, 3)
+        grown = msgspec.structs.replace(grown, request=msgspec.structs.replace(grown.request, reason=reason))
+        policy = remembered([grown, ordered(1, 1_000.0, 4, 1)], PolicyConfig(), 100.0, 1_100.0).policy
+        assert policy.grown_s == 50.0
+        return policy.flap_s, policy.too_small
+
+    assert flap("policy: grow_bound") == (None, ())
+    assert flap("policy: grow_panic")[0] == 50.0
+
+
 def test_what_an_operator_calls_as_the_policy_would_is_no_order_of_the_policy() -> None:
     policy = remembered([ordered(0, 5.0, 1, 2, op_id="policy-7-1.000")], PolicyConfig(), 10.0, 10.0).policy
     assert (policy.sent_s, policy.num_orders, policy.grown_s) == ((), 0, 5.0)

@@ -24,7 +24,7 @@ ADVISE = msgspec.structs.replace(world.CONFIG, mode="advise")
 @pytest.mark.parametrize("refused", [None, RefusedOrder("policy-1", True)])
 def test_an_order_that_there_are_no_more_devices_for_makes_room_for_a_smaller_one(refused: RefusedOrder | None) -> None:
     """Repeated, it would be refused; and a refusal for want of devices says nothing against a size that they do for."""
-    order = ScaleOrder("policy-1", 6, 1_015.0, 2)
+    order = ScaleOrder("policy-1", 6, 1_015.0, 2, world.CONFIG)
     state = PolicyState(at_s=1_019.0, order=order, num_orders=1, excess=Excess(9.0, 2.0))
     facts, seen = DeploymentFacts(width=2, available=4, refused=refused), world.signals(1_020.0, 20.0)
     decision = recommend(world.CONFIG, seen, facts, world.widths, world.prices, state, 1_020.0)

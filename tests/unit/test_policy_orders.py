@@ -141,6 +141,31 @@ def test_a_shrink_that_is_refused_for_its_size_is_followed_by_a_lesser_one() -> 
     assert asked[:2] == [4, 6]
 
 
+@pytest.mark.parametrize(("least", "asked"), [(8, [8, 4, 2]), (3, [3, 2])])
+def test_part_of_the_way_into_the_bounds_that_is_refused_too_is_not_asked_for_in_each_turn(
+    least: int, asked: list[int]
+) -> None:
+    """It was taken for an order that this policy would not give, and its refusal for none."""
+    plant = world.Plant(1, REPLACE(world.CONFIG, replicas_min=least))
+    plant.unreachable = set(range(2, 9))
+    plant.run(120, 0.1)
+    given = [one.target for one in plant.decisions if one.acts]
+    assert given[: len(asked)] == asked
+    assert len(given) <= 5
+
+
+def test_a_refusal_of_another_policys_order_is_not_waited_for() -> None:
+    plant = world.Plant(2)
+    plant.unreachable = set(range(3, 9))
+    while not any(one.acts for one in plant.decisions):
+        busy(plant, 1)
+    plant.config = REPLACE(plant.config, ttft_s=1.9)  # before the refusal was seen
+    plant.unreachable = set()
+    busy(plant, 10)
+    assert Reason.AFTER_REFUSAL not in [one.reason for one in plant.decisions]
+    assert plant.width > 2
+
+
 # ---- whose operation it is -------------------------------------------------------------------------------------------
 
 
@@ -235,6 +260,31 @@ def test_devices_beyond_those_that_help_are_not_taken() -> None:
     assert first
     assert 1 < plant.width < GROWTH_MAX * 2
     assert plant.decisions[-1].reason is Reason.OUT_OF_REACH
+
+
+def test_a_size_that_keeps_an_objective_is_taken_though_it_is_little_better() -> None:
+    """With 4 it is 1.001 of the objective, hardly better than 1.054; with 8 it is 0.993."""
+    step = StepModel(a=0.0985, b=0.0, c=0.0, d=8e-4)
+    plant = Learning(1, {1: step})
+    plant.known = {1: step, 2: step, 8: step}
+    plant.run(60, 0.065 / (220.0 * 8e-4))
+    assert plant.width > 1
+    plant.run(400, 0.065 / (220.0 * 8e-4))
+    assert plant.decisions[-1].evidence.raw.worst < 1.0
+
+
+def test_a_shrink_that_makes_nothing_worse_is_not_superseded() -> None:
+    """An operator's, of a deployment whose objective no size keeps: it was ended each time, for the same size."""
+    plant = Learning(1, {1: SLOW})
+    plant.known = dict.fromkeys(range(1, 9), SLOW)
+    plant.width = 8
+    plant.run(30, 0.1)
+    plant.operation = OperationFacts("theirs", "shrink", 4, plant.now, 2.0)
+    plant.run(2, 0.1)
+    assert Reason.SUPERSEDE_SHRINK not in [one.reason for one in plant.decisions]
+    plant.operation = OperationFacts("theirs-2", "shrink", 4, plant.now, 2.0)
+    plant.run(1, 0.1, queued=5, oldest_queued_s=20.0)
+    assert plant.decisions[-1].reason is Reason.SUPERSEDE_SHRINK, "what waits is not foreseen"
 
 
 def test_an_operation_of_somebody_else_before_the_order_is_seen_drops_it() -> None:

@@ -346,7 +346,7 @@ def test_a_number_next_to_zero_is_refused(field: str) -> None:
 
 
 def with_order(target: int, supersedes: str | None = None) -> PolicyState:
-    return PolicyState(order=ScaleOrder("policy-1", target, 999.0, 2, supersedes), num_orders=1)
+    return PolicyState(order=ScaleOrder("policy-1", target, 999.0, 2, world.CONFIG, supersedes), num_orders=1)
 
 
 @pytest.mark.parametrize("changes", [{"mode": "advise"}, {"replicas_max": 3}, {"replicas_min": 5}])

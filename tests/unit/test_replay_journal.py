@@ -161,14 +161,16 @@ def test_flags_without_effect_are_refused(argv: tuple[str, ...]) -> None:
 
 def test_advice_is_recorded_once_a_minute_for_each_size_and_reason() -> None:
     advice = Advice()
-    shown = msgspec.structs.replace(World(UP.before).seen(), load=load(BUSY))
+    shown, acting = (
+        msgspec.structs.replace(World(UP.before).seen(), load=load(BUSY, mode=mode)) for mode in ("advise", "act")
+    )
     (busy, _), (acted, _), (calm, _) = (
         turn(seen) for seen in (load(BUSY, mode="advise"), load(BUSY), load(signals(1.0), mode="advise"))
     )
     fewer, _ = turn(load(BUSY, mode="advise", devices=("host:0", "host:1", "host:2")))
     assert advice.is_notable(busy, shown, 0.0)
     assert not advice.is_notable(calm, shown, 1.0), "nothing is advised"
-    assert not advice.is_notable(acted, shown, 1.0), "it is recorded as an order"
+    assert not advice.is_notable(acted, acting, 1.0), "it is recorded as an order"
     assert not advice.is_notable(busy, shown, ADVICE_AGAIN_S - 1.0)
     assert advice.is_notable(fewer, shown, 2.0)
     assert advice.is_notable(busy, shown, ADVICE_AGAIN_S)

@@ -362,7 +362,10 @@ class CommandQueue:
         try:
             return await asyncio.wait_for(asyncio.wrap_future(self.put(order)), ANSWER_S_MAX)
         except TimeoutError:
-            text = f"the scaler did not answer within {ANSWER_S_MAX:g} s; GET /v1/operations tells what it does"
+            where = "GET /v1/policy tells what is in force"
+            if not isinstance(order, SetPolicy):
+                where = "GET /v1/operations tells what it does"
+            text = f"the scaler did not answer within {ANSWER_S_MAX:g} s; {where}"
             raise DeadlineExceeded(text) from None
 
     def put(self, order: Command) -> Future[CommandAnswer]:

@@ -78,7 +78,7 @@ class Advice:
     def is_notable(self, after: State, seen: Observation, now: float) -> bool:
         """Whether this turn is, and then count it as recorded."""
         decision = after.autoscaling.decision
-        if seen.load is None or decision is None or decision.target is None or decision.acts:
+        if seen.load is None or seen.load.config.mode != "advise" or decision is None or decision.target is None:
             return False
         key = decision.reason.value, decision.target
         if now - self._at.get(key, -math.inf) < ADVICE_AGAIN_S:

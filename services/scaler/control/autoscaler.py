@@ -38,6 +38,7 @@ from elasticmoe.services.scaler.planning.planner import planned_from
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import RefusedOrder
 from elasticmoe.services.scaler.policy.figures import Signals, Throughput
+from elasticmoe.services.scaler.policy.orders import told
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.signals import Intake
 from elasticmoe.services.scaler.policy.state import Decision, Evidence, PolicyState, Reason
@@ -109,6 +110,7 @@ class Autoscaler:
         self._turned_at = -math.inf  # the policy's last turn
         self._has_news = False  # a router has told something since
         self._changing_at = -math.inf  # an operation was in progress last
+        self._seen_at = -math.inf  # HMM and pool answered last
         self._cancel = ""  # this operation, which nobody has been told to yet
         self._order: ScaleTo | None = None  # given, and neither accepted nor refused yet
         self._accepted: str | None = None
@@ -146,6 +148,7 @@ class Autoscaler:
         if cluster.memory is None or not cluster.pools_answer:
             self._look_on(cluster, now)
             return None
+        self._seen_at = now
         layout, facts, memory = planned_from(cluster)
         living = {slot: rank for slot, rank in cluster.ranks.items() if rank.ready}
         leaders = [seat for seat in layout.seats if seat.rank.tp == 0]
@@ -173,10 +176,11 @@ class Autoscaler:
         )
 
     def _look_on(self, cluster: Cluster, now: float) -> None:
-        """While HMM or pool is away nothing can be decided; figures go on all the same, and what was decided before is
-        no longer what stands."""
+        """While HMM or pool is away nothing can be decided; figures go on all the same, and after a while what was
+        decided before is no longer what stands."""
         self.signals, self.throughput = self._intake.signals(now), self._intake.throughput(now)
-        if self.decision is not None and self.policy.mode != "off":
+        is_long = now - self._seen_at >= self.policy.unknown_after_s
+        if is_long and self.decision is not None and self.policy.mode != "off":
             evidence = Evidence(silent=self.signals.silent)
             nothing = Decision(target=None, reason=Reason.RECOVERING, evidence=evidence, state=PolicyState())
             self.note(nothing, cluster.in_force.layout.dp)
@@ -255,6 +259,11 @@ class Autoscaler:
         facts["evidence"] = msgspec.json.encode(evidence).decode()
         self._tell("policy", decision.reason.value, **facts)
 
+    def wait_for(self, op_id: str | None) -> None:
+        """Drop the order that waits, unless it is this one: the policy waits for no other any more."""
+        if self._order is not None and self._order.op_id != op_id:
+            self._order, self._cancel = None, ""
+
     def scale(self, action: ScaleTo) -> None:
         """Give an order; `turn` goes on with it until it is accepted or refused."""
         self._order, self._cancel = action, action.supersedes
@@ -272,8 +281,9 @@ class Autoscaler:
         action = self._order
         if action is None:
             return
-        reason = f"policy: {action.reason}"
-        request = Request(replicas=action.replicas, reason=reason, deadline_s=self._config.operation_deadline_s)
+        request = Request(
+            replicas=action.replicas, reason=told(Reason(action.reason)), deadline_s=self._config.operation_deadline_s
+        )
         order = Order(action.op_id, request, Target(replicas=action.replicas), policy_order=action.number)
         try:
             self._take(order)

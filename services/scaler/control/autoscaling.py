@@ -23,7 +23,7 @@ from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.scaler.planning.planner import plan_way
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import ChangePrice, DeploymentFacts, OperationFacts, WidthFacts
-from elasticmoe.services.scaler.policy.orders import PastOrder, remembering
+from elasticmoe.services.scaler.policy.orders import PastOrder, remembering, told
 from elasticmoe.services.scaler.policy.price import NO_PLAN_S
 from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.state import Decision, PolicyState, Reason
@@ -31,6 +31,7 @@ from elasticmoe.services.scaler.policy.step_model import nearest
 
 REACTION_S = 1.0  # of a growth, before one has been seen
 PRICE_S = 300.0  # for so long a price counts
+_INTO_BOUNDS = (told(Reason.GROW_BOUND), told(Reason.SHRINK_BOUND))
 _KINDS: dict[str, Literal["grow", "shrink", "other"]] = {"scale_up": "grow", "scale_down": "shrink"}
 
 
@@ -129,7 +130,8 @@ def remembered(operations: Iterable[Operation], config: PolicyConfig, now: float
         number, planned = operation.policy_order, operation.planned
         is_done = operation.kind in _KINDS and operation.phase == "done" and not operation.lost_devices
         if planned is not None and (number is not None or is_done):
-            past.append(PastOrder(number, at, planned.replicas_before, planned.replicas_after))
+            is_bound = operation.request.reason in _INTO_BOUNDS
+            past.append(PastOrder(number, at, planned.replicas_before, planned.replicas_after, is_bound))
     return Autoscaling(policy=remembering(config, reversed(past)), lost_at=lost_at)
 
 

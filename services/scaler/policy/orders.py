@@ -14,12 +14,17 @@ import msgspec
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.facts import DeploymentFacts
 from elasticmoe.services.scaler.policy.recent import Excess
-from elasticmoe.services.scaler.policy.state import PolicyState, ScaleOrder, TooSmall
+from elasticmoe.services.scaler.policy.state import PolicyState, Reason, ScaleOrder, TooSmall
 
 TRY_AGAIN = 0.9  # of the load that a width was too small for
 BURST = 2.0  # times the load that there is in the mean
 SHOWN_S, SHOWN_S_MAX = 3_600.0, 86_400.0  # for which a flap counts against the width: no more than one an hour
 _replace = msgspec.structs.replace
+
+
+def told(reason: Reason) -> str:
+    """The reason that an order of the policy has as an operation."""
+    return f"policy: {reason.value}"
 
 
 def order_id(number: int, now: float) -> str:
@@ -105,12 +110,13 @@ def forgetting(config: PolicyConfig, state: PolicyState, now: float) -> PolicySt
 
 class PastOrder(msgspec.Struct, frozen=True):
     """An order that was carried out by an earlier process: its number, None of somebody else's; when it was accepted,
-    by this one's clock, and which change it was."""
+    by this one's clock, which change it was, and whether it led into the policy's bounds."""
 
     number: int | None
     at_s: float
     width: int
     target: int
+    is_bound: bool = False
 
 
 def remembering(config: PolicyConfig, orders: Iterable[PastOrder]) -> PolicyState:
@@ -122,6 +128,7 @@ def remembering(config: PolicyConfig, orders: Iterable[PastOrder]) -> PolicyStat
         if past.number is None:
             state = resized(config, state, past.width, past.target, past.at_s)
             continue
-        state = accepted(config, state, ScaleOrder("", past.target, past.at_s, past.width))
+        order = ScaleOrder("", past.target, past.at_s, past.width, config, is_bound=past.is_bound)
+        state = accepted(config, state, order)
         state = _replace(state, num_orders=past.number)
     return state

@@ -8,9 +8,10 @@ In this order; the first that applies decides:
 | recovery | nothing: what is lost or replaced goes first |
 | an operation in progress | nothing; one that cannot end is cancelled; before its commit a shrink yields to panic |
 | an order without an answer | nothing; it is sent again, as the same, after a while |
-| bounds | growth or shrink into them |
-| something unknown | growth by what waits in the routers that are heard; after a while nothing at all |
-| excess, saturation, forecast | growth |
+| the lower bound | growth into it |
+| something unknown | growth by what waits in the routers that are heard; after a while nothing for the load |
+| excess, saturation, forecast | growth, as far as it helps |
+| the upper bound | shrink into it |
 | all else | shrink, as far as every guard agrees |
 """
 
@@ -30,7 +31,7 @@ from elasticmoe.services.scaler.policy.orders import accepted, followed, forgett
 from elasticmoe.services.scaler.policy.price import NO_PLAN_S
 from elasticmoe.services.scaler.policy.recent import RECENT_S, Excess, Past
 from elasticmoe.services.scaler.policy.saturation import capacity, measured, predicted, smoothed
-from elasticmoe.services.scaler.policy.sizing import has_room, most_now, predicted_at, smallest, target_of
+from elasticmoe.services.scaler.policy.sizing import has_room, is_of_no_use, most_now, predicted_at, smallest, target_of
 from elasticmoe.services.scaler.policy.state import (
     Decision,
     Evidence,
@@ -152,7 +153,10 @@ def _answered(turn: Turn, state: PolicyState) -> PolicyState:
         return state
     if order.op_id in (turn.deployment.accepted, operation.op_id if operation is not None else None):
         return accepted(turn.config, state, order)
-    is_wanted = turn.config.mode == "act" and turn.least <= order.target <= turn.most
+    least = (
+        order.width + 1 if order.is_bound and turn.width < turn.least else turn.least
+    )  # part of the way is refused less
+    is_wanted = turn.config.mode == "act" and least <= order.target <= turn.most
     is_overtaken = (turn.deployment.changed_s or -math.inf) > order.sent_s
     if operation is not None:
         is_overtaken |= operation.op_id != order.supersedes
@@ -160,8 +164,8 @@ def _answered(turn: Turn, state: PolicyState) -> PolicyState:
         return _replace(state, order=None)
     if refused is None or refused.op_id != order.op_id:
         return state
-    size = RefusedSize(turn.width, order.target, turn.now, turn.config, refused.is_of_size)
-    return _replace(state, order=None, refused=size)
+    size = RefusedSize(turn.width, order.target, turn.now, order.policy, refused.is_of_size)
+    return _replace(state, order=None, refused=size if order.policy == turn.config else None)
 
 
 def _threshold(turn: Turn, state: PolicyState) -> float:
@@ -285,7 +289,7 @@ def _meanwhile(turn: Turn, state: PolicyState, evidence: Evidence, operation: Op
         return decision
     # Who is behind for want of a rank is no load; and a shrink into the bounds goes on.
     may_grow = state.unknown_since_s is None and not turn.deployment.is_degraded and turn.width <= turn.most
-    if operation.kind == "shrink" and turn.is_panic and may_grow and state.order is None:
+    if operation.kind == "shrink" and turn.is_panic and may_grow and state.order is None and _helps(turn, operation):
         target = max(turn.width, target_of(turn, state, evidence))
         return _order(turn, state, evidence, target, Reason.SUPERSEDE_SHRINK, operation.op_id)
     if is_stuck(config, operation, turn.now):
@@ -300,6 +304,11 @@ def _meanwhile(turn: Turn, state: PolicyState, evidence: Evidence, operation: Op
             acts=config.mode == "act",
         )
     return decision
+
+
+def _helps(turn: Turn, shrink: OperationFacts) -> bool:
+    """Whether the present width keeps an objective better than the one that it shrinks to."""
+    return shrink.target is None or not is_of_no_use(turn, shrink.target, turn.width)
 
 
 def is_stuck(config: PolicyConfig, operation: OperationFacts, now: float) -> bool:
@@ -364,7 +373,7 @@ def _order(
     op_id = order_id(state.num_orders + 1, turn.now)
     if config.mode == "act":
         is_bound = reason in (Reason.GROW_BOUND, Reason.SHRINK_BOUND)
-        state = sent(state, ScaleOrder(op_id, target, turn.now, turn.width, supersedes, is_bound))
+        state = sent(state, ScaleOrder(op_id, target, turn.now, turn.width, config, supersedes, is_bound))
     return Decision(
         target=target,
         reason=reason,

@@ -48,13 +48,14 @@ def smallest(turn: Turn, state: PolicyState, demand: Demand, headroom: float) ->
 
     largest = min(GROWTH_MAX * turn.width, most_now(turn, state))
     width = bisect_left(range(largest), True, lo=min(turn.width + 1, largest), hi=largest, key=does)
-    return width if width < largest or does(largest) else _best(turn, demand, largest)
+    return width if width < largest or does(largest) else min(largest, _best(turn, demand))
 
 
-def _best(turn: Turn, demand: Demand, largest: int) -> int:
-    """The smallest width that is as good as the largest one, where that does not keep the objectives either: devices
-    that do not help are not taken. The present one, where wider is known to be no better; one a quarter wider, where
-    nobody has seen yet what a wider one does."""
+def _best(turn: Turn, demand: Demand) -> int:
+    """The smallest width that is as good as the largest one there may be: devices that do not help are not taken. The
+    present one, where wider is known to be no better; one a quarter wider, where nobody has seen yet what a wider one
+    does; one more, where what is measured is worse than the model says."""
+    largest = turn.most
     limits = reached(turn.widths(largest), demand, turn.config)
     if limits is None:
         return largest  # more work than all can do: the more of them, the more of it is done
@@ -99,7 +100,16 @@ def _is_foreseen(turn: Turn, demand: Demand) -> bool:
 
 def _is_no_better(wide: tuple[float, ...], narrow: tuple[float, ...]) -> bool:
     """Whether the wider one keeps no objective that the narrower one breaks, nor comes nearer to it."""
-    return all(one < 1.0 or NO_BETTER * one <= other for one, other in zip(narrow, wide, strict=True))
+    pairs = zip(narrow, wide, strict=True)
+    return all(one < 1.0 or (other >= 1.0 and NO_BETTER * one <= other) for one, other in pairs)
+
+
+def is_of_no_use(turn: Turn, narrow: int, wide: int) -> bool:
+    """Whether a width is known to do no better for the present demand than a narrower one."""
+    if isinstance(turn.demand, Unknown) or not _is_foreseen(turn, turn.demand):
+        return False
+    one, other = (reached(turn.widths(width), turn.demand, turn.config) for width in (narrow, wide))
+    return one is not None and other is not None and _is_no_better(other, one)
 
 
 def has_room(turn: Turn, width: int) -> bool:

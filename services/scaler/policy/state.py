@@ -55,12 +55,13 @@ class Reason(StrEnum):
 class ScaleOrder(msgspec.Struct, frozen=True):
     """What the policy asked for, of a deployment of `width`. `op_id`: repeated as it is, it is the same operation.
     `supersedes`: the operation that gives way to it. `is_bound`: it leads into the bounds, which is no answer to a
-    load."""
+    load. `policy`: that gave it."""
 
     op_id: str
     target: int
     sent_s: float
     width: int
+    policy: PolicyConfig
     supersedes: str | None = None
     is_bound: bool = False
 

@@ -170,7 +170,7 @@ function entry(decision, reasons) {
       "p",
       {},
       h("time", {}, clock(decision.time_unix)),
-      badge(tone, decision.acts ? "done" : changes ? "advised" : "held"),
+      badge(tone, decision.acts ? "done" : !changes ? "held" : decision.mode === "advise" ? "advised" : "wanted"),
       h("b", {}, what),
     ),
     h(
