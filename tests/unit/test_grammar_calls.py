@@ -170,18 +170,27 @@ def test_what_is_no_schema_is_refused_as_such(form: str, wrong: dict[str, Any]) 
     assert caught.value.code == "invalid_grammar", caught.value.message
 
 
-@pytest.mark.parametrize(("form", "end"), [("glm", "</arg_value>"), ("qwen_coder", "</parameter>")])
+@pytest.mark.parametrize(
+    ("form", "end"),
+    [
+        ("glm", "</arg_value>"),
+        ("qwen_coder", "</parameter>"),
+        ("qwen_coder", "\n<parameter="),
+        ("qwen_coder", "\n</function>"),
+    ],
+)
 @pytest.mark.parametrize("has_marks", [False, True])
 def test_a_text_of_an_enum_that_holds_the_end_mark_is_never_chosen(form: str, end: str, has_marks: bool) -> None:
     compiler, tokens = tokens_of(has_marks=has_marks)
+    near = end[:-1].lstrip()
 
     def asked(*texts: str) -> Structure:
         schema = {"properties": {"a": {"type": "string", "enum": texts}}, "required": ["a"]}
         return forced(form, ForcedTool("f", schema), is_single=True)
 
-    grammar = unpack_grammar(compiler.compile(asked(f"x{end}y", "x<", end[:-1], "z\n"), None))
+    grammar = unpack_grammar(compiler.compile(asked(f"x{end}y", "x<", near, "z\n"), None))
     told = {read(form, written(tokens, grammar, random.Random(seed)))[0][1]["a"] for seed in range(24)}
-    assert told == {"x<", end[:-1], "z\n"}
+    assert told == {"x<", near, "z\n"}
     with pytest.raises(InvalidRequest, match="can write none of the texts of 'enum'"):
         compiler.compile(asked(f"x{end}y", end), None)
 
@@ -204,6 +213,16 @@ def test_what_calls_by_key_cannot_keep_to_is_refused_by_name(form: str, given: d
         compiler.compile(forced(form, ForcedTool("f", {"type": "object", **given})), None)
     assert caught.value.code == "unsupported_schema"
     assert named in caught.value.message
+
+
+def test_a_tool_called_function_can_be_called_in_deepseeks_form() -> None:
+    compiler, tokens = tokens_of(has_marks=True)
+    tool = ForcedTool("function", {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
+    grammar = unpack_grammar(compiler.compile(forced("deepseek", tool, is_single=True), None))
+    for seed in range(12):
+        ((name, arguments),) = read("deepseek", written(tokens, grammar, random.Random(seed)))
+        assert name == "function"
+        assert isinstance(arguments["a"], bool)
 
 
 def test_an_answer_of_another_form_calls_nothing() -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from elasticmoe.services.router.answer_parsers.parts import Reasoning, Text
-from elasticmoe.services.router.answer_parsers.reasoning import FORMS, ReasoningParser, marks_of
+from elasticmoe.services.router.answer_parsers.reasoning import FORMS, ReasoningParser, UnseparatedParser, marks_of
 
 THINK = FORMS["think"]
 
@@ -32,6 +32,9 @@ def parsed(text: str, cuts: list[int], *, is_inside: bool) -> tuple[str, str]:
         ("At once. <think>no</think>", False, "", "At once. <think>no</think>"),
         ("  At once.", False, "", "  At once."),
         ("a</think>b</think>c", True, "a", "b</think>c"),
+        ("a</think>\n\n    return x\n", True, "a", "    return x\n"),
+        ("a</think> b", True, "a", "b"),
+        ("a</think> \n \n", True, "a", ""),
         ("<think>cut off </thi", False, "cut off </thi", ""),
         ("still thinking ", True, "still thinking", ""),
         ("<thin", False, "", "<thin"),
@@ -46,6 +49,26 @@ def test_thoughts_and_text(text: str, is_inside: bool, thought: str, said: str) 
     for _ in range(30 if len(text) > 1 else 0):
         cuts = sorted(rng.sample(range(len(text)), rng.randrange(1, min(10, len(text)))))
         assert parsed(text, cuts, is_inside=is_inside) == (thought, said), cuts
+
+
+@pytest.mark.parametrize(
+    ("text", "is_inside", "thought"),
+    [
+        (" <think>\nx <tool_call>\n</think>\n\ny", False, " <think>\nx <tool_call>\n</think>"),
+        ("x </thi</think> y", True, "x </thi</think>"),
+        ("At once. <think>no</think>", False, ""),
+        ("still <th", True, "still <th"),
+        ("<thin", False, ""),
+        ("", True, ""),
+    ],
+)
+def test_unseparated_all_of_the_text_is_told_as_it_is(text: str, is_inside: bool, thought: str) -> None:
+    for step in (1, 2, 3, 7, 99):
+        parser = UnseparatedParser(THINK, is_inside=is_inside)
+        parts = [part for at in range(0, len(text), step) for part in parser.feed(text[at : at + step])]
+        parts += parser.finish()
+        assert "".join(part.text for part in parts) == text
+        assert "".join(part.text for part in parts if isinstance(part, Reasoning)) == thought
 
 
 def test_what_is_certain_is_not_held_back() -> None:

@@ -11,12 +11,17 @@ from typing import Any, get_type_hints
 
 import msgspec
 import pytest
+from anthropic.types import message_create_params as anthropic_messages
 from openai.types import completion_create_params as openai_completion
 from openai.types.chat import completion_create_params as openai_chat
+from openai.types.responses import response_create_params as openai_responses
 
 from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api import messages_input, responses_input
+from elasticmoe.services.router.api.messages_schemas import MessagesRequest
 from elasticmoe.services.router.api.options import options_of, refuse_words
 from elasticmoe.services.router.api.parse import parse
+from elasticmoe.services.router.api.responses_schemas import ResponsesRequest
 from elasticmoe.services.router.api.schemas import (
     ChatMessage,
     ChatRequest,
@@ -24,7 +29,7 @@ from elasticmoe.services.router.api.schemas import (
     GenerateRequest,
     StreamOptions,
 )
-from elasticmoe.services.router.api.words import MESSAGE_WORDS, WORDS
+from elasticmoe.services.router.api.words import ANTHROPIC_WORDS, MESSAGE_WORDS, RESPONSES_WORDS, WORDS, Word
 from elasticmoe.services.router.text.tokenizer import ServedModel
 
 CHAT, COMPLETION = msgspec.json.Decoder(ChatRequest), msgspec.json.Decoder(CompletionRequest)
@@ -122,6 +127,60 @@ def test_words_of_messages(word: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
         refuse_words(message, MESSAGE_WORDS, "messages[3].")
     assert (caught.value.code, caught.value.param) == ("unsupported", f"messages[3].{word}")
+
+
+# ---- the newer interfaces
+
+RESPONSES, MESSAGES = msgspec.json.Decoder(ResponsesRequest), msgspec.json.Decoder(MessagesRequest)
+NEWER: dict[str, tuple[Any, Any, dict[str, Word], dict[str, Any]]] = {
+    "responses": (RESPONSES, responses_input.chat_of, RESPONSES_WORDS, {"input": "x"}),
+    "messages": (
+        MESSAGES,
+        messages_input.chat_of,
+        ANTHROPIC_WORDS,
+        {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5},
+    ),
+}
+# What is taken and not used there: docs/api.md says why.
+NOT_USED = {"user", "metadata", "request_id", "model", "stream", "stream_options"}
+
+
+def of_newer(name: str) -> set[str]:
+    """The words that it refuses; the others are its own fields."""
+    decoder, _, words, _ = NEWER[name]
+    hints = get_type_hints(decoder.type, include_extras=True)
+    return {word for word in words if msgspec.Raw in _members(hints[word])}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_the_newer_interfaces_refuse_by_name_what_they_do_not_honour(name: str) -> None:
+    """They took 200 for a request whose `stop`, `seed` or `structured_outputs` they had not read."""
+    decoder, chat_of, words, base = NEWER[name]
+    refused = of_newer(name)
+    assert len(refused) > 100
+    for word in refused:
+        for value in (None, *words[word].neutral):
+            chat_of(parse(decoder, msgspec.json.encode({**base, word: value})))
+        with pytest.raises(InvalidRequest) as caught:
+            chat_of(parse(decoder, msgspec.json.encode({**base, word: {"a": 1}})))
+        assert (caught.value.code, caught.value.param) == ("unsupported", word)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_each_word_of_chat_has_its_place_in_the_newer_interfaces(name: str) -> None:
+    decoder = NEWER[name][0]
+    assert set(ChatRequest.__struct_fields__) - NOT_USED <= set(decoder.type.__struct_fields__)
+
+
+def test_each_word_of_their_clients_has_its_place() -> None:
+    """Those that are not in the struct are among what docs/api.md says is ignored."""
+    responses, messages = section("Responses"), section("Messages")
+    for decoder, params, text in (
+        (RESPONSES, openai_responses.ResponseCreateParamsBase, responses),
+        (MESSAGES, anthropic_messages.MessageCreateParamsBase, messages),
+    ):
+        known = set(decoder.type.__struct_fields__) | words_in(text.partition("**Ignored**")[2].partition("\n- ")[0])
+        assert set(params.__annotations__) <= known
 
 
 # ---- the document ----------------------------------------------------------------------------------------------------

@@ -157,6 +157,11 @@ def test_plain_text_comes_as_it_is_and_at_once(name: str) -> None:
         ("glm", "<tool_call>" + "n" * 300 + "\n</tool_call>"),
         ("qwen_coder", "<tool_call>no function=x"),
         ("qwen_coder", "<tool_call><function="),
+        ("glm", "Use <tool_call> blocks when needed.\nAnything else? " + "And more. " * 40),
+        ("glm", "<tool_call>weather\nis what it is called"),
+        ("qwen_coder", "the `<function=` prefix of a -> b `"),
+        ("hermes", '<tool_call>{"name": "a tool of mine", "arguments": {}}</tool_call>'),
+        ("mistral", "[TOOL_CALLS]is what `it` says{}"),
     ],
 )
 def test_what_is_no_call_is_text(sample: str, text: str) -> None:
@@ -210,6 +215,84 @@ def test_values_by_their_schemas(key: str, text: str, value: object) -> None:
     call = f"<tool_call>weather\n<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n</tool_call>"
     ((_, arguments),) = parsed("glm", call)[1]
     assert json.loads(arguments) == {key: value}
+
+
+OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+MANY = {
+    "many": {
+        "type": "object",
+        "$defs": {"Colour": {"enum": ["red", "1"]}, "Node": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "integer"}]}},
+        "properties": {
+            "text": OPTIONAL,
+            "colour": {"$ref": "#/$defs/Colour"},
+            "constant": {"const": "7"},
+            "either": {"oneOf": [{"type": "integer"}, {"type": "boolean"}]},
+            "all": {"allOf": [{"type": ["string", "number"]}, {"type": "number"}]},
+            "unsaid": {"anyOf": [{"type": "string"}, {"minimum": 3}]},
+            "loop": {"$ref": "#/$defs/Node"},
+            "nowhere": {"$ref": "https://example.org/schema"},
+        },
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("text", "1.10", "1.10"),
+        ("text", "12345", "12345"),
+        ("text", "true", "true"),
+        ("text", '{"a": 1}', '{"a": 1}'),
+        ("text", "null", None),
+        ("text", "Rome", "Rome"),
+        ("colour", "1", "1"),
+        ("colour", "red", "red"),
+        ("constant", "7", "7"),
+        ("either", "7", 7),
+        ("either", "True", True),
+        ("either", "7.5", "7.5"),
+        ("all", "7.5", 7.5),
+        ("unsaid", "7", 7),
+        ("loop", "7", 7),
+        ("nowhere", "7", 7),
+    ],
+)
+@pytest.mark.parametrize("form", ["glm", "qwen_coder"])
+def test_a_value_has_a_type_that_the_schema_allows_however_it_says_so(
+    form: str, key: str, text: str, value: Any
+) -> None:
+    """`str | None` of pydantic made a number of a version, and an object of a file's text."""
+    kind = parser_of(form, "")
+    assert kind is not None
+    parser = kind(MANY)
+    call = {"glm": glm, "qwen_coder": coder}[form]("many", {key: text})
+    parts = [*parser.feed(call), *parser.finish()]
+    arguments = "".join(part.text for part in parts if isinstance(part, CallArguments))
+    assert json.loads(arguments) == {key: value}
+
+
+@pytest.mark.parametrize(
+    ("inner", "arguments"),
+    [
+        ("<parameter=city>\nRome\n<parameter=days>\n2\n</parameter>\n</function>", {"city": "Rome", "days": 2}),
+        ("<parameter=days>\n2\n<parameter=city>\nRome\n</parameter>\n</function>", {"days": 2, "city": "Rome"}),
+        ("<parameter=city>\nRome\n</function>", {"city": "Rome"}),
+        ("<parameter=days>\n2\n</function>", {"days": 2}),
+        ("<parameter=city>\na <parameter= b\n</parameter>\n</function>", {"city": "a <parameter= b"}),
+    ],
+)
+def test_a_parameter_whose_end_is_missing_ends_where_the_next_thing_begins(inner: str, arguments: Any) -> None:
+    text = f"<tool_call>\n<function=weather>\n{inner}\n</tool_call>\nSo."
+    content, ((name, told),) = parsed("qwen_coder", text)
+    assert (content, name, json.loads(told)) == ("\nSo.", "weather", arguments)
+    assert parsed("qwen_coder", text, list(range(len(text)))) == (content, [(name, told)])
+
+
+@pytest.mark.parametrize("extra", ["}", ""])
+def test_a_brace_too_many_or_too_few_leaves_no_mark_in_the_text(extra: str) -> None:
+    text = f'<tool_call>\n{{"name": "now", "arguments": {{}}{extra}{extra}\n</tool_call>\nSo.'
+    assert parsed("hermes", text) == ("\nSo.", [("now", "{}")])
+    assert parsed("hermes", text, list(range(len(text)))) == ("\nSo.", [("now", "{}")])
 
 
 def test_a_text_goes_out_as_it_comes() -> None:

@@ -20,4 +20,6 @@ class HermesParser(JsonCalls):
         if self._opening:  # an array of none
             raise NoCall
         yield from self._spaces()
+        if (yield from self._has("}")):  # one too many
+            yield from self._spaces()
         yield from self._has(_END)  # a model that leaves it out has called all the same

@@ -69,6 +69,8 @@ class JsonCalls(ToolParser):
                 yield from self._value(_ignore)
             yield from self._spaces()
             if not (yield from self._has(",")) and not self._buffer.startswith("}"):
+                if name and has_arguments:
+                    return  # the last brace is missing; what follows may be the form's own end
                 raise NoCall
         if not name:
             raise NoCall

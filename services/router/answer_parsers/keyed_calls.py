@@ -11,6 +11,8 @@ from elasticmoe.services.router.answer_parsers.tools import NoCall, Reading, Sch
 
 NAME_CHARS_MAX: Final = 256
 PYTHON_CHARS_MAX: Final = 65_536
+TYPES_DEPTH_MAX: Final = 4  # of schemas within schemas that are looked into for the type of a value
+TYPES_MAX: Final = 32  # beside one another
 _WORDS: Final = {"true": True, "false": False, "null": None, "none": None}  # models write Python's, too
 
 
@@ -19,13 +21,15 @@ class KeyedCalls(ToolParser):
 
     def __init__(self, schemas: Schemas) -> None:
         super().__init__(schemas)
+        self._schema: Mapping[str, Any] = {}
         self._properties: Mapping[str, Any] = {}
         self._num_keys = 0
 
     def _begin(self, name: str) -> None:
         """A call's name is out."""
         self._start(name)
-        properties = self._schemas.get(name, {}).get("properties")
+        self._schema = self._schemas.get(name, {})
+        properties = self._schema.get("properties")
         self._properties = properties if isinstance(properties, dict) else {}
         self._num_keys = 0
 
@@ -33,15 +37,15 @@ class KeyedCalls(ToolParser):
         """A value, up to one of `ends`, which is returned. A text goes out as it comes."""
         self._arguments(f"{', ' if self._num_keys else '{'}{_json(key)}: ")
         self._num_keys += 1
-        types = types_of(self._properties.get(key))
-        if types == {"string"}:
+        schema = self._properties.get(key)
+        if named_types(schema) == {"string"}:
             self._arguments('"')
             end = yield from self._until(ends, lambda text: self._arguments(_json(text)[1:-1]))
             self._arguments('"')
             return end
         pieces: list[str] = []
         end = yield from self._until_whole(ends, pieces.append)
-        self._arguments(_json(value_of("".join(pieces), types)))
+        self._arguments(_json(value_of("".join(pieces), types_of(schema, self._schema))))
         return end
 
     def _end(self) -> None:
@@ -66,6 +70,11 @@ class GlmParser(KeyedCalls):
     def _calls(self) -> Reading:
         key, close = "<arg_key>", "</tool_call>"
         name, end = yield from self._word("\n", key, close)
+        if end == "\n":  # a line of prose about the marker is no name
+            yield from self._spaces()
+            end = key if (yield from self._has(key)) else close if (yield from self._has(close)) else ""
+            if not end:
+                raise NoCall
         self._begin(name)
         while end != close:
             if end != key:
@@ -79,9 +88,14 @@ class GlmParser(KeyedCalls):
         self._end()
 
 
+QWEN_ENDS: Final = ("</parameter>", "\n<parameter=", "\n</function>")
+"""Of a value: models leave its end mark out, and go on with the next one or the call's end."""
+
+
 class QwenCoderParser(KeyedCalls):
     """`<tool_call><function=name><parameter=k>v</parameter>…</function></tool_call>`, each on lines of its own. The
-    source of the form: the chat template of Qwen/Qwen3-Coder-30B-A3B-Instruct."""
+    source of the form: the chat template of Qwen/Qwen3-Coder-30B-A3B-Instruct, and its parser, qwen3coder_tool_parser.
+    """
 
     name = "qwen_coder"
     markers = ("<tool_call>", "<function=")  # the model may leave the outer one out
@@ -94,22 +108,54 @@ class QwenCoderParser(KeyedCalls):
                 raise NoCall
         name, _ = yield from self._word(">")
         self._begin(name)
-        close = "</function>"
+        key, close = "<parameter=", "</function>"
         end = ""
         while end != close:
-            _, end = yield from self._word("<parameter=", close)
-            if end == close:
-                break
+            if end != key:
+                _, end = yield from self._word(key, close)
+                continue
             argument, _ = yield from self._word(">")
             yield from self._has("\n")
-            yield from self._argument(argument, ("\n</parameter>", "</parameter>"))
+            ended = yield from self._argument(argument, ("\n</parameter>", *QWEN_ENDS))
+            end = {f"\n{key}": key, f"\n{close}": close}.get(ended, "")
         self._end()
         yield from self._spaces()
         yield from self._has("</tool_call>")
 
 
-def types_of(schema: Any) -> frozenset[str]:
-    """The JSON types that a schema names; none where it does not say."""
+def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
+    """The JSON types of what satisfies a schema, which `root` has the definitions of; none where that is not said."""
+    if not isinstance(schema, dict) or depth > TYPES_DEPTH_MAX:
+        return frozenset()
+    if (named := named_types(schema)) or not schema:
+        return named
+    values = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
+    if isinstance(values, list):
+        return frozenset().union(*map(_type_of, values))
+    if isinstance(schema.get("$ref"), str):
+        return types_of(_referred(schema["$ref"], root), root, depth + 1)
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema.get(word), list):
+            among = [types_of(one, root, depth + 1) for one in schema[word][:TYPES_MAX]]
+            return frozenset().union(*among) if all(among) else frozenset()
+    if isinstance(schema.get("allOf"), list):
+        said = [types for one in schema["allOf"][:TYPES_MAX] if (types := types_of(one, root, depth + 1))]
+        return frozenset.intersection(*said) if said else frozenset()
+    return frozenset()
+
+
+def _referred(reference: str, root: Mapping[str, Any]) -> Any:
+    """What a reference within the schema leads to; None for others."""
+    found: Any = root
+    head, *path = reference.split("/")
+    for part in path if head == "#" else [""]:
+        name = part.replace("~1", "/").replace("~0", "~")
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def named_types(schema: Any) -> frozenset[str]:
+    """The JSON types that a schema's own `type` names; none where it has none."""
     named = schema.get("type") if isinstance(schema, dict) else None
     names = named if isinstance(named, list) else [named]
     return frozenset(name for name in names if isinstance(name, str))

@@ -1,7 +1,7 @@
 """What a model thinks before it answers, told apart from the answer: `<think>…</think>`, at the answer's beginning.
 
 A chat template may have written the opening mark already, as the prompt's end; then the answer begins inside. Line ends
-around the marks belong to neither side.
+and spaces around the marks belong to neither side, but for what an answer's first line is indented by.
 """
 
 from __future__ import annotations
@@ -62,11 +62,14 @@ class ReasoningParser:
                 return parts
             self._held = self._held[len(self._marks.close) :]
             self._spaces, self._is_inside, self._is_after_mark = [], False, True
-        said, self._held = self._held, ""
         if self._is_after_mark:
-            said = said.lstrip()
+            said = self._held.lstrip()
+            if not said:
+                return parts
+            _, line_end, indent = self._held[: len(self._held) - len(said)].rpartition("\n")
+            self._held, self._is_after_mark = (indent if line_end else "") + said, False
+        said, self._held = self._held, ""
         if said:
-            self._is_after_mark = False
             parts.append(Text(said))
         return parts
 
@@ -95,6 +98,47 @@ class ReasoningParser:
             parts.append(Reasoning("".join(self._spaces) + kept))
             self._spaces = []
         self._spaces.append(text[len(kept) :])
+
+
+class UnseparatedParser:
+    """The same thinking, for a client that wants it in the text: Reasoning is what stands before the answer, as it is
+    written, marks and all, in which no calls are looked for."""
+
+    def __init__(self, marks: Marks, *, is_inside: bool) -> None:
+        self._marks = marks
+        self._held = ""
+        self._is_inside = is_inside
+        self._is_at_start = not is_inside
+
+    def feed(self, text: str) -> list[Reasoning | Text]:
+        """What `text` lets out."""
+        return self._read(text, is_last=False)
+
+    def finish(self) -> list[Reasoning | Text]:
+        """What is still held, at the end of the answer."""
+        return self._read("", is_last=True)
+
+    def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
+        self._held += text
+        parts: list[Reasoning | Text] = []
+        if self._is_at_start:
+            begun = self._held.lstrip()
+            if not begun.startswith(self._marks.open) and self._marks.open.startswith(begun) and not is_last:
+                return parts
+            self._is_at_start, self._is_inside = False, begun.startswith(self._marks.open)
+        if self._is_inside:
+            at = self._held.find(self._marks.close)
+            end = len(self._held) - (0 if is_last else _partial(self._held, self._marks.close))
+            end = at + len(self._marks.close) if at >= 0 else end
+            if end:
+                parts.append(Reasoning(self._held[:end]))
+            self._held, self._is_inside = self._held[end:], at < 0
+            if self._is_inside:
+                return parts
+        if self._held:
+            parts.append(Text(self._held))
+            self._held = ""
+        return parts
 
 
 def _partial(text: str, mark: str) -> int:

@@ -24,6 +24,7 @@ READ_AGAIN_CHARS_MAX = 65_536  # of an answer: markers in what is no call are lo
 PIECE_CHARS = 1_024  # read in one go: each step cuts what it has read off the buffer
 
 _QUOTE = re.compile(r'["\\]')
+_NAME = re.compile(r"[\w.:/-]{1,256}")
 
 Schemas = Mapping[str, Mapping[str, Any]]
 """The JSON schema of each tool's parameters, by the tool's name."""
@@ -161,8 +162,8 @@ class ToolParser(ABC):
         self._buffer = taken + self._buffer
 
     def _start(self, name: str) -> None:
-        """A call's name is out."""
-        if not name:
+        """A call's name is out. Raises NoCall for what is no name, such as prose behind a marker that it mentions."""
+        if name not in self._schemas and _NAME.fullmatch(name) is None:
             raise NoCall
         self._opening, self._taken, self._num_held, self._before = "", [], 0, ""
         self._is_open = self._has_called = self._is_after_call = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallStart, Reasoning, Text
-from elasticmoe.services.router.answer_parsers.reasoning import Marks, ReasoningParser
+from elasticmoe.services.router.answer_parsers.reasoning import Marks, ReasoningParser, UnseparatedParser
 from elasticmoe.services.router.api.tool_use import ToolUse
 from elasticmoe.services.router.api.turns import Turns
 
@@ -14,12 +14,14 @@ PIECE_CHARS = 2_048  # that are read in one go: 20 ms of the worst that a model 
 
 class AnswerForm(NamedTuple):
     """Of one request's answers. `tools`: those that may be called; `marks`: around what is thought, where it is told
-    apart; `is_inside`: the prompt ends with the opening one; `tells_reasoning`: the client wants to read it."""
+    apart; `is_inside`: the prompt ends with the opening one; `tells_reasoning`: the client wants to read it;
+    `is_separated`: apart from the text."""
 
     tools: ToolUse | None = None
     marks: Marks | None = None
     is_inside: bool = False
     tells_reasoning: bool = True
+    is_separated: bool = True
 
     @property
     def specials(self) -> tuple[str, ...]:
@@ -32,7 +34,8 @@ class AnswerReader:
 
     def __init__(self, form: AnswerForm) -> None:
         self._form = form
-        self._reasoning = ReasoningParser(form.marks, is_inside=form.is_inside) if form.marks else None
+        kind = ReasoningParser if form.is_separated else UnseparatedParser
+        self._reasoning = kind(form.marks, is_inside=form.is_inside) if form.marks else None
         self._tools = form.tools.parser(form.tools.schemas) if form.tools else None
         self.num_calls = 0
 
@@ -42,6 +45,8 @@ class AnswerReader:
         for part in self._thoughts_and_text(text, is_last=is_last):
             if isinstance(part, Text) and self._tools is not None:
                 parts += self._tools.feed(part.text)
+            elif isinstance(part, Reasoning) and not self._form.is_separated:
+                parts.append(Text(part.text))
             else:
                 parts.append(part)
         if is_last and self._tools is not None:

@@ -81,10 +81,11 @@ def _form(
     raw: ChatRequest, front: Front, tools: ToolUse | None, conversation: Conversation, tail: str
 ) -> AnswerForm | None:
     """None where the answer is nothing but text. `tail`: the prompt's last characters."""
-    marks = front.reasoning if raw.separate_reasoning is not False else None
+    marks = front.reasoning
     if tools is None and marks is None:
         return None
-    return AnswerForm(tools, marks, _is_inside(marks, conversation, tail), raw.include_reasoning is not False)
+    is_inside, is_separated = _is_inside(marks, conversation, tail), raw.separate_reasoning is not False
+    return AnswerForm(tools, marks, is_inside, raw.include_reasoning is not False, is_separated)
 
 
 def _is_inside(marks: Marks | None, conversation: Conversation, tail: str) -> bool:

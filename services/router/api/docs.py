@@ -12,14 +12,24 @@ from elasticmoe.common.http.errors import ErrorBody
 from elasticmoe.common.http.openapi import REF, json_content, refusals
 from elasticmoe.services.router.api import messages_schemas, responses_schemas, schemas, told
 from elasticmoe.services.router.api.examples import EXAMPLES
-from elasticmoe.services.router.api.words import MESSAGE_WORDS, WORDS, UnsupportedMessageWords, UnsupportedWords
+from elasticmoe.services.router.api.words import (
+    ANTHROPIC_WORDS,
+    MESSAGE_WORDS,
+    RESPONSES_WORDS,
+    WORDS,
+    UnsupportedAnthropicWords,
+    UnsupportedMessageWords,
+    UnsupportedResponsesWords,
+    UnsupportedWords,
+)
 
 ABOUT = """An OpenAI-compatible API for one model. What is honoured, ignored and refused: `docs/api.md`; framing,
 limits, hosts and origins: `docs/http.md`; error codes: `docs/reference/errors.md`. Scaling has an API of its own, on
 the admin listener."""
 _KEY = """The text of the file that the setting `api_key_file` names, as `Authorization: Bearer KEY`. Without that
 setting no key is asked for, and only hosts are served that `docs/http.md` names."""
-_BASES = (UnsupportedMessageWords, UnsupportedWords)
+_REFUSED = WORDS | MESSAGE_WORDS | RESPONSES_WORDS | ANTHROPIC_WORDS
+_BASES = (UnsupportedMessageWords, UnsupportedWords, UnsupportedResponsesWords, UnsupportedAnthropicWords)
 _ERRORS = {
     "400": "The request breaks a stated bound, or asks for what is not supported",
     "401": "The key is missing or wrong",
@@ -113,6 +123,6 @@ def _plain(schema: Any) -> Any:
         del plain["anyOf"]
     properties = plain.get("properties")
     if isinstance(properties, dict):
-        refused = [name for name, part in properties.items() if part == {} and name in WORDS | MESSAGE_WORDS]
+        refused = [name for name, part in properties.items() if part == {} and name in _REFUSED]
         plain["properties"] = {name: part for name, part in properties.items() if name not in refused}
     return plain

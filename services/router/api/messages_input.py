@@ -15,7 +15,7 @@ from elasticmoe.services.router.api.messages_schemas import (
     MessagesToolChoice,
     ResultBlock,
 )
-from elasticmoe.services.router.api.options import unsupported
+from elasticmoe.services.router.api.options import refuse_words, unsupported
 from elasticmoe.services.router.api.schemas import (
     CalledFunction,
     ChatMessage,
@@ -29,12 +29,14 @@ from elasticmoe.services.router.api.schemas import (
     Tool,
     ToolCall,
 )
+from elasticmoe.services.router.api.words import ANTHROPIC_WORDS
 
 
 def chat_of(raw: CountRequest) -> ChatRequest:
-    """The chat that is asked for. Raises InvalidRequest for blocks that are no text, and forms that are no JSON."""
+    """The chat that is asked for. Raises InvalidRequest for what this server cannot do."""
     sampling = {}
     if isinstance(raw, MessagesRequest):
+        refuse_words(raw, ANTHROPIC_WORDS)
         sampling = {
             "max_completion_tokens": raw.max_tokens,
             "stop": raw.stop_sequences or None,

@@ -23,6 +23,7 @@ from elasticmoe.services.router.api.schemas import (
     ToolName,
     TopK,
 )
+from elasticmoe.services.router.api.words import UnsupportedAnthropicWords
 
 _Id = Annotated[str, Meta(max_length=256)]
 
@@ -96,8 +97,8 @@ class OutputConfig(msgspec.Struct, frozen=True):
     effort: Annotated[Any, says("Not used")] = None
 
 
-class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /v1/messages/count_tokens."""
+class CountRequest(UnsupportedAnthropicWords, frozen=True, kw_only=True):
+    """POST /v1/messages/count_tokens. Words that would change an answer are refused where there is one."""
 
     messages: Annotated[
         Annotated[list[InputMessage], Meta(min_length=1, max_length=MESSAGES_MAX)], says("The conversation so far")

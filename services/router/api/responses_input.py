@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.services.router.api.options import unsupported
+from elasticmoe.services.router.api.options import refuse_words, unsupported
 from elasticmoe.services.router.api.responses_schemas import ChosenTool, Content, InputItem, ResponsesRequest
 from elasticmoe.services.router.api.schemas import (
     CalledFunction,
@@ -22,6 +22,7 @@ from elasticmoe.services.router.api.schemas import (
     Tool,
     ToolCall,
 )
+from elasticmoe.services.router.api.words import RESPONSES_WORDS
 
 T = TypeVar("T")
 
@@ -31,6 +32,7 @@ _NOT_KEPT = "no answer and no conversation is kept: send the conversation whole"
 
 def chat_of(raw: ResponsesRequest) -> ChatRequest:
     """The chat that is asked for. Raises InvalidRequest for what this server cannot do."""
+    refuse_words(raw, RESPONSES_WORDS)
     _refuse(raw)
     choice = raw.tool_choice
     return ChatRequest(

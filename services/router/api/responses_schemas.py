@@ -22,6 +22,7 @@ from elasticmoe.services.router.api.schemas import (
     ReasoningEffort,
     ToolName,
 )
+from elasticmoe.services.router.api.words import UnsupportedResponsesWords
 
 _Id = Annotated[str, Meta(max_length=256)]
 
@@ -96,7 +97,7 @@ class ReasoningOptions(msgspec.Struct, frozen=True):
     effort: Annotated[ReasoningEffort | None, says("A variable that the chat template must read")] = None
 
 
-class ResponsesRequest(msgspec.Struct, frozen=True, kw_only=True):
+class ResponsesRequest(UnsupportedResponsesWords, frozen=True, kw_only=True):
     """POST /v1/responses. What would need something that is kept, or is no text, is refused by name."""
 
     input: Annotated[

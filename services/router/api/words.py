@@ -1,8 +1,9 @@
 """Words of OpenAI's, vLLM's and other servers' requests that would change the answer and are not supported: refused.
 
-A word that is silently ignored gives a wrong answer, so each is either honoured (then it is a field of the request's
-struct), or it changes nothing (docs/api.md lists those and says why), or it stands here. A value that asks for nothing
-passes: null, an empty list, object or string, and what the word's row names, which is the default elsewhere.
+Those of `/v1/responses` and `/v1/messages`, too. A word that is silently ignored gives a wrong answer, so each is
+either honoured (then it is a field of the request's struct), or it changes nothing (docs/api.md lists those and says
+why), or it stands here. A value that asks for nothing passes: null, an empty list, object or string, and what the
+word's row names, which is the default elsewhere.
 """
 
 from __future__ import annotations
@@ -146,6 +147,65 @@ WORDS: dict[str, Word] = {
     "top_logprobs": Word("here it is called logprobs"),
 }
 
+_CHAT_ONLY = "only chat and completions have it"
+
+# What chat has and the newer interfaces do not, or call otherwise; see RESPONSES_WORDS and ANTHROPIC_WORDS.
+_OF_CHAT: dict[str, Word] = {
+    "n": Word("there is one answer", (1,)),
+    "seed": Word(_CHAT_ONLY),
+    "stop": Word(_CHAT_ONLY),
+    "stop_token_ids": Word(_CHAT_ONLY),
+    "ignore_eos": Word(_CHAT_ONLY, (False,)),
+    "min_tokens": Word(_CHAT_ONLY, (0,)),
+    "top_k": Word(_CHAT_ONLY, (0, -1)),
+    "min_p": Word(_CHAT_ONLY, (0,)),
+    "presence_penalty": Word(_CHAT_ONLY, (0,)),
+    "frequency_penalty": Word(_CHAT_ONLY, (0,)),
+    "repetition_penalty": Word(_CHAT_ONLY, (1,)),
+    "logit_bias": Word(_CHAT_ONLY),
+    "logprobs": Word(_CHAT_ONLY, (False,)),
+    "skip_special_tokens": Word(_CHAT_ONLY, (True,)),
+    "return_tokens_as_token_ids": Word(_CHAT_ONLY, (False,)),
+    "priority": Word(_CHAT_ONLY, (0,)),
+    "chat_template_kwargs": Word(_CHAT_ONLY),
+    "documents": Word(_CHAT_ONLY),
+    "add_generation_prompt": Word(_CHAT_ONLY, (True,)),
+    "continue_final_message": Word(_CHAT_ONLY, (False,)),
+    "add_special_tokens": Word(_CHAT_ONLY, (False,)),
+    "include_reasoning": Word("thinking comes as parts of its own", (True,)),
+    "separate_reasoning": Word("thinking comes as parts of its own", (True,)),
+    "context_management": Word("the conversation is taken as it comes"),
+}
+
+RESPONSES_WORDS: dict[str, Word] = {
+    **WORDS,
+    **_OF_CHAT,
+    "messages": Word("here it is called input"),
+    "max_tokens": Word("here it is called max_output_tokens"),
+    "max_completion_tokens": Word("here it is called max_output_tokens"),
+    "max_new_tokens": Word("use max_output_tokens"),
+    "response_format": Word("here it is text.format"),
+    "structured_outputs": Word("use text.format"),
+    "reasoning_effort": Word("here it is reasoning.effort"),
+    "system": Word("here it is called instructions"),
+    "image": Word(_TEXT_ONLY),
+    "background_options": Word("no answer is kept"),
+    "access_programs": Word("there are none"),
+}
+
+ANTHROPIC_WORDS: dict[str, Word] = {
+    **WORDS,
+    **_OF_CHAT,
+    "stop": Word("here it is called stop_sequences"),
+    "max_completion_tokens": Word("here it is called max_tokens"),
+    "response_format": Word("here it is output_config.format"),
+    "structured_outputs": Word("use output_config.format"),
+    "parallel_tool_calls": Word("here it is tool_choice.disable_parallel_tool_use", (True,)),
+    "reasoning_effort": Word("use thinking"),
+    "mcp_servers": Word("no server is called"),
+    "container": Word("no code is run"),
+}
+
 # Of a message. Contents that are no text are refused where the messages are read.
 MESSAGE_WORDS: dict[str, Word] = {
     "function_call": Word("there are no functions"),
@@ -162,6 +222,12 @@ if TYPE_CHECKING:
 
     class UnsupportedMessageWords(msgspec.Struct, frozen=True, kw_only=True):
         """The same for MESSAGE_WORDS."""
+
+    class UnsupportedResponsesWords(msgspec.Struct, frozen=True, kw_only=True):
+        """The same for RESPONSES_WORDS."""
+
+    class UnsupportedAnthropicWords(msgspec.Struct, frozen=True, kw_only=True):
+        """The same for ANTHROPIC_WORDS."""
 else:
 
     def _fields_of(name, words):
@@ -170,6 +236,8 @@ else:
 
     UnsupportedWords = _fields_of("UnsupportedWords", WORDS)
     UnsupportedMessageWords = _fields_of("UnsupportedMessageWords", MESSAGE_WORDS)
+    UnsupportedResponsesWords = _fields_of("UnsupportedResponsesWords", RESPONSES_WORDS)
+    UnsupportedAnthropicWords = _fields_of("UnsupportedAnthropicWords", ANTHROPIC_WORDS)
 
 
 def asked_for(struct: msgspec.Struct, words: Mapping[str, Word]) -> Iterator[tuple[str, Word, str]]:

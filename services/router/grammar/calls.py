@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import msgspec
 from llguidance import regex_to_lark
 
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.services.router.answer_parsers.keyed_calls import NAME_CHARS_MAX, types_of
+from elasticmoe.services.router.answer_parsers.keyed_calls import NAME_CHARS_MAX, QWEN_ENDS, named_types
 from elasticmoe.services.router.grammar.schema import OPTIONS, read_schema
 from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure
 
@@ -153,6 +153,8 @@ class _Form:
             fenced = (
                 f'"function" {separator} {literal(f"{name}{chr(10)}```json{chr(10)}")} {json_rule(schema)} "\\n```"'
             )
+            if name == "function":  # which the parser takes for the head of the other form
+                return fenced
             return f"{literal(name)} {separator} {json_rule(schema)} | {fenced}"
 
         call = self._each("body", body)
@@ -167,7 +169,7 @@ class _Form:
 
         def body(name: str, schema: dict[str, Any]) -> str:
             def argument(property_name: str, given: dict[str, Any]) -> str:
-                written = self._value(given, "</arg_value>")
+                written = self._value(given, ("</arg_value>",))
                 return f'{key} {literal(property_name)} {key_end} "\\n"? {value} {written} {end} "\\n"?'
 
             return f'{literal(name)} "\\n"? {self._arguments(schema, argument)}'
@@ -179,7 +181,7 @@ class _Form:
     def _qwen_coder(self) -> str:
         def body(name: str, schema: dict[str, Any]) -> str:
             def argument(property_name: str, given: dict[str, Any]) -> str:
-                written = self._value(given, "</parameter>")
+                written = self._value(given, QWEN_ENDS)
                 return f'{literal(f"<parameter={property_name}>" + chr(10))} {written} "\\n</parameter>\\n"'
 
             return f'{literal(f"<function={name}>" + chr(10))} {self._arguments(schema, argument)} "</function>"'
@@ -208,9 +210,9 @@ class _Form:
             written.append(rule if name in required else f"{rule}?")
         return " ".join(written)
 
-    def _value(self, schema: dict[str, Any], end: str) -> str:
-        """A text as it is, up to the mark `end`; of other types JSON."""
-        if types_of(schema) != {"string"}:
+    def _value(self, schema: dict[str, Any], ends: Sequence[str]) -> str:
+        """A text as it is, without a mark that would end it; of other types JSON."""
+        if named_types(schema) != {"string"}:
             return json_rule(schema)
         named = next((word for word in ("const", "enum") if word in schema), None)
         kept = {named} if named else {"minLength", "maxLength", "pattern"}
@@ -220,7 +222,7 @@ class _Form:
             raise self._refusal(f"cannot keep to the keyword {unread[0]!r} of a text{beside}")
         if named:
             texts = schema["enum"] if named == "enum" else [schema["const"]]
-            found = [text for text in texts if isinstance(text, str) and end not in text]
+            found = [text for text in texts if isinstance(text, str) and not any(end in text for end in ends)]
             if not found:
                 raise self._refusal(f"can write none of the texts of {named!r}")
             return "(" + " | ".join(map(literal, found)) + ")"
@@ -228,7 +230,10 @@ class _Form:
         if re.fullmatch(r"\^(?:.*[^\\])?(?:\\\\)*\$", pattern, re.DOTALL) is None:
             raise self._refusal(f"cannot keep to the pattern {pattern[:80]!r}, which needs ^ and $, of a text")
         least, most = schema.get("minLength", 0), schema.get("maxLength", "")
-        allowed = f"/(?s:.{{{least},{most}}})/ & ~/(?s:.*){regex_to_lark(end.replace('/', '[/]'), '')}(?s:.*)/"
+        allowed = f"/(?s:.{{{least},{most}}})/"
+        for end in ends:
+            mark = regex_to_lark(end.replace("/", "[/]").replace("\n", "\\n"), "")
+            allowed += f" & ~/(?s:.*){mark}(?s:.*)/"
         if "pattern" in schema:
             allowed += f" & /{regex_to_lark(pattern[1:-1], 'dw')}/"
         return self._rule(f"TEXT_{len(self._rules)}", allowed)
