@@ -99,7 +99,7 @@ def messages_of(given: str | Sequence[InputItem]) -> list[ChatMessage]:
             turns.append(ChatMessage(role=_needed(item.role, where, "role"), content=content))
         else:
             last = turns[-1] if turns else None
-            if not isinstance(last, _Turn) or (item.type == "message" and last.content is not None):
+            if not isinstance(last, _Turn) or (item.type == "message" and last.is_said):
                 last = _Turn()
                 turns.append(last)
             last.add(item, where)
@@ -110,14 +110,19 @@ class _Turn:
     """An assistant's, as its items come."""
 
     def __init__(self) -> None:
-        self.content: str | list[ContentPart] | None = None
+        self._content: str | list[ContentPart] | None = None
         self._reasoning = ""
         self._calls: list[ToolCall] = []
+
+    @property
+    def is_said(self) -> bool:
+        """Whether a further message is another turn. After a call it is none: the call's result follows this one."""
+        return self._content is not None and not self._calls
 
     def add(self, item: InputItem, where: str) -> None:
         """One more item of the turn."""
         if item.type == "message":
-            self.content = _content(item.content, f"{where}.content")
+            self._content = _joined(self._content, _content(item.content, f"{where}.content"))
         elif item.type == "reasoning":
             thought = _content(item.content, f"{where}.content") if item.content is not None else ""
             self._reasoning += thought if isinstance(thought, str) else "\n".join(part.text or "" for part in thought)
@@ -129,10 +134,18 @@ class _Turn:
         """All of it."""
         return ChatMessage(
             role="assistant",
-            content=self.content,
+            content=self._content,
             tool_calls=self._calls or None,
             reasoning_content=self._reasoning or None,
         )
+
+
+def _joined(one: str | list[ContentPart] | None, other: str | list[ContentPart]) -> str | list[ContentPart]:
+    if one is None:
+        return other
+    if isinstance(one, str) and isinstance(other, str):
+        return one + other
+    return [part for some in (one, other) for part in ([ContentPart("text", some)] if isinstance(some, str) else some)]
 
 
 def _needed(value: T | None, where: str, name: str) -> T:
