@@ -98,10 +98,21 @@ def test_a_final_message_of_the_assistant_is_continued(
     assert claude.messages.count_tokens(model=MODEL, messages=begun).input_tokens == len("u:|Hi.a:|The answer is")
 
 
-def test_arguments_that_are_no_object(rank: FakeRank, claude: anthropic.Anthropic) -> None:
-    rank.answer = Reply(b'<tool_call>{"name": "weather", "arguments": [1]}</tool_call>')
-    answer: Any = claude.messages.create(model=MODEL, messages=HELLO, tools=TOOLS, max_tokens=300)
-    assert answer.content[0].input == {"INVALID_JSON": "[1]"}
+@pytest.mark.parametrize(
+    ("arguments", "finish"),
+    [("[1]", "stop"), ('{"city": Rome}', "stop"), ('{"city": "a\nb"}', "stop"), ('{"ci', "length")],
+)
+def test_arguments_that_are_no_object(rank: FakeRank, claude: anthropic.Anthropic, arguments: str, finish: str) -> None:
+    """A stream of them ended Anthropic's client with an error of its own."""
+    end = "}</tool_call>" if finish == "stop" else ""
+    rank.answer = Reply(f'<tool_call>{{"name": "weather", "arguments": {arguments}{end}'.encode(), finish, per_step=2)
+    asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": TOOLS, "max_tokens": 200}
+    answer: Any = claude.messages.create(**asked)
+    assert answer.content[0].input == {"INVALID_JSON": arguments}
+    with claude.messages.stream(**asked) as stream:
+        streamed: Any = stream.get_final_message()
+    assert streamed.content[0].input == {"INVALID_JSON": arguments}
+    assert streamed.stop_reason == answer.stop_reason
 
 
 def test_what_the_model_is_told(rank: FakeRank, router: RouterProcess, claude: anthropic.Anthropic) -> None:

@@ -1,7 +1,8 @@
 """What the answer to POST /v1/messages looks like: blocks, and events as each grows.
 
 Source of the shapes: Anthropic's API reference, "Messages" and "Streaming messages". Arguments that are no JSON object
-are told as Anthropic advises for them: an object with the text as `INVALID_JSON`.
+are told as Anthropic advises for them: an object with the text as `INVALID_JSON`. In a stream, too: so a call's
+arguments come in one piece, with its end.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ class MessagesRenderer:
                 block = {"type": "tool_use", "id": self._reader.new_call_id(), "name": name, "input": ""}
                 return self._close() + self._open(block, {**block, "input": {}})
             case CallArguments(text):
-                self._pieces.append(text)
-                return self._delta({"type": "input_json_delta", "partial_json": text})
+                self._pieces.append(text)  # told once it is known to be an object: clients end a stream that is none
+                return b""
 
     def _grow(self, kind: str, empty: Made, text: str) -> bytes:
         events = b""
@@ -102,13 +103,14 @@ class MessagesRenderer:
         if not self._is_open:
             return b""
         self._is_open = False
-        text, block = "".join(self._pieces), self._blocks[-1]
+        text, block, events = "".join(self._pieces), self._blocks[-1], b""
         self._pieces.clear()
         if block["type"] == "tool_use":
-            block["input"] = _object_of(text)
+            block["input"] = made = _object_of(text)
+            events = self._delta({"type": "input_json_delta", "partial_json": _encode(made).decode()})
         else:
             block[block["type"]] = text  # the field is called as the type
-        return _event("content_block_stop", index=len(self._blocks) - 1)
+        return events + _event("content_block_stop", index=len(self._blocks) - 1)
 
     # ---- the whole ---------------------------------------------------------------------------------------------------
 
