@@ -146,6 +146,36 @@ def test_what_the_model_is_told(rank: FakeRank, router: RouterProcess, claude: a
     assert counted.input_tokens == len("T" + expected)
 
 
+def test_a_system_s_message_stands_where_it_was_said(rank: FakeRank, claude: anthropic.Anthropic) -> None:
+    said: Any = [*HELLO, {"role": "system", "content": [{"type": "text", "text": "Short."}]}, *HELLO]
+    claude.messages.create(model=MODEL, messages=said, max_tokens=5)
+    assert bytes(rank.seen.submit().prompt).decode() == "u:|Hi.s:|Short..u:|Hi."
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param"),
+    [
+        ({"thinking": {"type": "between_tools"}}, "unsupported", "thinking.type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "tool_result", "content": "x"}]}]},
+            "invalid_request",
+            "messages[0].content[0]",
+        ),
+        ({"messages": [*HELLO, {"role": "system", "content": [{"type": "thinking"}]}]}, "unsupported", None),
+        ({"stop": ["a"]}, "unsupported", "stop"),
+        ({"seed": 1}, "unsupported", "seed"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    router: RouterProcess, fields: dict[str, Any], code: str, param: str | None
+) -> None:
+    body = {"model": MODEL, "messages": HELLO, "max_tokens": 5, **fields}
+    answer = router.http.post("/v1/messages", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, code)
+    assert param in (None, error["param"])
+
+
 def test_thinking_is_switched_by_the_template(rank: FakeRank, claude: anthropic.Anthropic) -> None:
     claude.messages.create(model=MODEL, messages=HELLO, max_tokens=5, thinking={"type": "disabled"})
     assert bytes(rank.seen.submit().prompt).decode() == "u:|Hi.<think></think>"
@@ -166,7 +196,7 @@ def test_only_one_call(rank: FakeRank, claude: anthropic.Anthropic) -> None:
         ({"max_tokens": None}, "invalid_request", "max_tokens"),
         ({"max_tokens": 0}, "invalid_request", "max_tokens"),
         ({"messages": []}, "invalid_request", "messages"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "invalid_request", "role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_request", "role"),
         (
             {"messages": [*HELLO, {"role": "user", "content": []}]},
             "invalid_request",

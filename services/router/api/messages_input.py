@@ -46,7 +46,10 @@ def chat_of(raw: CountRequest) -> ChatRequest:
             "top_k": raw.top_k,
             "response_format": _format(raw),
         }
-    thinks = raw.thinking is not None and raw.thinking.type != "adaptive"
+    thinking = raw.thinking
+    if thinking is not None and thinking.type == "between_tools":
+        raise unsupported("thinking.type", "between_tools; supported: enabled, disabled, adaptive")
+    thinks = thinking is not None and thinking.type != "adaptive"
     messages = [*_system(raw), *(told for n, given in enumerate(raw.messages) for told in _messages(given, n))]
     last = messages[-1]
     return ChatRequest(
@@ -56,7 +59,8 @@ def chat_of(raw: CountRequest) -> ChatRequest:
         tools=[Tool("function", FunctionDefinition(t.name, t.description, t.input_schema)) for t in raw.tools or ()],
         tool_choice=_choice(raw.tool_choice),
         parallel_tool_calls=not (raw.tool_choice and raw.tool_choice.disable_parallel_tool_use),
-        chat_template_kwargs={"enable_thinking": raw.thinking.type == "enabled"} if raw.thinking and thinks else None,
+        include_reasoning=thinking is None or thinking.display != "omitted",
+        chat_template_kwargs={"enable_thinking": thinking.type == "enabled"} if thinking and thinks else None,
         **sampling,  # type: ignore[arg-type]
     )
 
@@ -105,6 +109,8 @@ def _messages(given: InputMessage, number: int) -> list[ChatMessage]:
                 parts.append(ContentPart("text", block.text))
             case "tool_use" if given.role == "assistant":
                 calls.append(_call(block, at))
+            case "tool_result" if given.role == "user" and block.tool_use_id is None:
+                raise InvalidRequest(f"{at} has no tool_use_id", param=at)
             case "tool_result" if given.role == "user":
                 content = _texts(block.content or "", f"{at}.content")
                 results.append(ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=content))
@@ -112,10 +118,10 @@ def _messages(given: InputMessage, number: int) -> list[ChatMessage]:
                 thoughts.append(block.thinking or "")
             case _:
                 raise unsupported(at, f"type {block.type[:40]!r} of role {given.role}; supported: text and tools")
-    if given.role == "user":
+    if given.role != "assistant":
         if not given.content:
             raise InvalidRequest(f"{where} has no blocks", param=where)
-        return [*results, *([ChatMessage(role="user", content=parts)] if parts else [])]
+        return [*results, *([ChatMessage(role=given.role, content=parts)] if parts else [])]
     return [
         ChatMessage(
             role="assistant",

@@ -55,7 +55,7 @@ class Block(msgspec.Struct, frozen=True, kw_only=True):
 class InputMessage(msgspec.Struct, frozen=True):
     """One message of a conversation."""
 
-    role: Annotated[Literal["user", "assistant"], says("Who says it")]
+    role: Annotated[Literal["user", "assistant", "system"], says("Who says it; the system's are texts")]
     content: Annotated[str | Annotated[list[Block], Meta(max_length=PARTS_MAX)], says("A text, or blocks")]
 
 
@@ -79,8 +79,12 @@ class MessagesToolChoice(msgspec.Struct, frozen=True):
 class Thinking(msgspec.Struct, frozen=True):
     """Whether the model thinks before it answers, where its chat template asks `enable_thinking`."""
 
-    type: Annotated[Literal["enabled", "disabled", "adaptive"], says("`adaptive`: as the template has it")]
+    type: Annotated[
+        Literal["enabled", "disabled", "adaptive", "between_tools"],
+        says("`adaptive`: as the template has it; `between_tools` is refused"),
+    ]
     budget_tokens: Annotated[int | None, says("Not used: thinking counts as the answer's tokens")] = None
+    display: Annotated[Literal["summarized", "omitted"] | None, says("`omitted`: it is not told; else whole")] = None
 
 
 class OutputFormat(msgspec.Struct, frozen=True):
