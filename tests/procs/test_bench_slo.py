@@ -14,8 +14,9 @@ import pytest
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM, SECONDS = 48, 12.0
-# No size keeps the objective: whether a wider one comes nearer to it is tried once. Copies have two replicas each.
-WIDER = {"ours": 3, "cold-restart": 3, "horizontal": 4}
+# No size keeps the objective: whether a wider one comes nearer to it is tried once, and where the machine is too busy
+# for the model to be right, once more. Copies have two replicas each.
+WIDER = {"ours": (3, 4), "cold-restart": (3, 4), "horizontal": (4,)}
 
 
 def test_each_way_to_a_size_is_measured_on_the_same_trace(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -33,7 +34,9 @@ def test_each_way_to_a_size_is_measured_on_the_same_trace(model_folder: Callable
     runs = {run["method"]: run["run"] for run in told["runs"]}
     for name, run in runs.items():
         found, (_, before, after) = run["figures"], run["changes"][0]
-        assert (found["num"], found["operations"], before, after) == (NUM, 1, 2, WIDER[name]), name
+        assert (found["num"], before) == (NUM, 2), name
+        assert after in WIDER[name], name
+        assert found["operations"] in (1, 2), name
         assert found["violations"] == NUM, "nobody keeps 5 ms"
         assert 2 * SECONDS < found["device_seconds"] <= 4 * SECONDS + 0.1, name
     assert runs["ours"]["figures"]["failed"] == 0
