@@ -41,8 +41,8 @@ def test_each_way_to_a_size_is_measured_on_the_same_trace(model_folder: Callable
         assert 2 * SECONDS < found["device_seconds"] <= 4 * SECONDS + 0.1, name
     assert runs["ours"]["figures"]["failed"] == 0
     assert runs["horizontal"]["figures"]["failed"] == 0
-    (operation,) = [one for one in runs["ours"]["notes"]["operations"] if one["kind"] != "none"]
-    assert operation["by"] == "policy"
+    operations = [one for one in runs["ours"]["notes"]["operations"] if one["kind"] != "none"]
+    assert {one["by"] for one in operations} == {"policy"}
     assert [found["baseline"] for found in told["comparisons"]] == ["cold-restart", "horizontal"]
     assert "stand-in" in told["pace"]
     assert (tmp_path / "slo.png").stat().st_size > 0 or "no plot" in ran.stdout
