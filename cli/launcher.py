@@ -92,7 +92,7 @@ class Launcher:
         self._state: State = "starting"
         self._num_signals = 0
         self._num_interrupts = 0
-        self._asked: set[str] = set()  # to end, before their turn
+        self._asked: dict[str, float] = {}  # to end, before their turn: each with its age then
         self._is_recorded = True
         self._orphans = Orphans(lambda: {child.pid for child in self._children.values()})
         self._selector = selectors.DefaultSelector()
@@ -270,7 +270,7 @@ class Launcher:
         for name, child in self._children.items():
             needed_by = self._specs[name].ends_after
             if needed_by and self._children.keys().isdisjoint(needed_by) and name not in self._asked:
-                self._asked.add(name)
+                self._asked[name] = child.age_s
                 child.terminate()
 
     def _stop_child(self, spec: ChildSpec) -> None:
@@ -282,7 +282,7 @@ class Launcher:
             self._console.line(f"{spec.name} did not end within {spec.grace_s:g} s of SIGTERM; killed")
             child.kill()
             child.wait(_KILL_SECONDS_MAX)
-        last_line, age_s = child.last_line(), child.age_s
+        last_line, age_s = child.last_line(), self._asked.get(spec.name, child.age_s)
         code = child.reap()
         del self._children[spec.name]
         # A process that still imports its modules has no handler yet; to die by the signal is its clean end.

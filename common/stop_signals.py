@@ -18,10 +18,11 @@ class StopSignals:
 
     def __init__(self, on_stop: Callable[[], None]) -> None:
         self._on_stop = on_stop
-        self._out, self._in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._out = self._in = -1
 
     def listen(self) -> None:
         """Take the signals from now on; one that is ignored, by the word of whoever made this process, stays so."""
+        self._out, self._in = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._in, warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -31,7 +32,7 @@ class StopSignals:
         self._on_stop()
 
     def fileno(self) -> int:
-        """Readable once one has come, and for ever."""
+        """Readable once one has come, until `close`. -1 before `listen`."""
         return self._out
 
     def close(self) -> None:

@@ -167,6 +167,19 @@ def test_the_newer_interfaces_refuse_by_name_what_they_do_not_honour(name: str) 
 
 
 @pytest.mark.parametrize("name", NEWER)
+def test_no_reason_names_a_word_that_is_refused_there(name: str) -> None:
+    words, refused = NEWER[name][2], of_newer(name)
+    for word in refused:
+        assert not refused & set(re.findall(r"[a-z_.]+", words[word].reason)) - {word}, word
+
+
+def test_what_claude_code_sends_unasked_passes() -> None:
+    _, chat_of, _, base = NEWER["messages"]
+    edits = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
+    chat_of(parse(MESSAGES, msgspec.json.encode({**base, "context_management": edits})))
+
+
+@pytest.mark.parametrize("name", NEWER)
 def test_each_word_of_chat_has_its_place_in_the_newer_interfaces(name: str) -> None:
     decoder = NEWER[name][0]
     assert set(ChatRequest.__struct_fields__) - NOT_USED <= set(decoder.type.__struct_fields__)

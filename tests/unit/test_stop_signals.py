@@ -15,8 +15,7 @@ from elasticmoe.common.stop_signals import StopSignals
 _WAITER = """
 import select, signal, sys
 from elasticmoe.common.stop_signals import StopSignals
-if sys.argv[1] == "ignored":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignored" else signal.SIG_DFL)
 told = []
 signals = StopSignals(lambda: told.append("told"))
 signals.listen()
@@ -58,6 +57,14 @@ def test_one_that_is_ignored_stays_so() -> None:
 def test_it_leaves_nothing_behind() -> None:
     before = len(os.listdir("/proc/self/fd"))
     signals = StopSignals(lambda: None)
-    assert not select.select([signals.fileno()], [], [], 0)[0]
+    assert signals.fileno() == -1
     signals.close()
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    try:
+        signals.listen()
+        assert not select.select([signals.fileno()], [], [], 0)[0]
+    finally:
+        signals.close()
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
+            signal.signal(number, handler)
     assert len(os.listdir("/proc/self/fd")) == before

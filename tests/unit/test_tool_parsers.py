@@ -231,6 +231,9 @@ MANY = {
             "unsaid": {"anyOf": [{"type": "string"}, {"minimum": 3}]},
             "loop": {"$ref": "#/$defs/Node"},
             "nowhere": {"$ref": "https://example.org/schema"},
+            "list": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+            "long": {"anyOf": [*({"type": "string", "maxLength": n} for n in range(40)), {"type": "null"}]},
+            "wide": {"anyOf": [{"enum": ["x"] * 100}] * 32},
         },
     }
 }
@@ -255,6 +258,11 @@ MANY = {
         ("unsaid", "7", 7),
         ("loop", "7", 7),
         ("nowhere", "7", 7),
+        ("list", "(1, 2)", "(1, 2)"),
+        ("list", "'it'", "'it'"),
+        ("list", "['a']", ["a"]),
+        ("long", "null", None),
+        ("wide", "7", 7),
     ],
 )
 @pytest.mark.parametrize("form", ["glm", "qwen_coder"])
@@ -279,6 +287,9 @@ def test_a_value_has_a_type_that_the_schema_allows_however_it_says_so(
         ("<parameter=city>\nRome\n</function>", {"city": "Rome"}),
         ("<parameter=days>\n2\n</function>", {"days": 2}),
         ("<parameter=city>\na <parameter= b\n</parameter>\n</function>", {"city": "a <parameter= b"}),
+        ("<parameter=city>\n</function>", {"city": ""}),
+        ("<parameter=city>\n<parameter=days>\n2\n</parameter>\n</function>", {"city": "", "days": 2}),
+        ("<parameter=city>\n\n</parameter>\n</function>", {"city": ""}),
     ],
 )
 def test_a_parameter_whose_end_is_missing_ends_where_the_next_thing_begins(inner: str, arguments: Any) -> None:

@@ -11,8 +11,7 @@ from elasticmoe.services.router.answer_parsers.tools import NoCall, Reading, Sch
 
 NAME_CHARS_MAX: Final = 256
 PYTHON_CHARS_MAX: Final = 65_536
-TYPES_DEPTH_MAX: Final = 4  # of schemas within schemas that are looked into for the type of a value
-TYPES_MAX: Final = 32  # beside one another
+TYPES_MAX: Final = 256  # schemas and values that are looked at for the type of a value
 _WORDS: Final = {"true": True, "false": False, "null": None, "none": None}  # models write Python's, too
 
 
@@ -21,15 +20,16 @@ class KeyedCalls(ToolParser):
 
     def __init__(self, schemas: Schemas) -> None:
         super().__init__(schemas)
-        self._schema: Mapping[str, Any] = {}
+        self._name = ""
+        self._types: dict[tuple[str, str], frozenset[str]] = {}  # by tool and key: what was found out
         self._properties: Mapping[str, Any] = {}
         self._num_keys = 0
 
     def _begin(self, name: str) -> None:
         """A call's name is out."""
         self._start(name)
-        self._schema = self._schemas.get(name, {})
-        properties = self._schema.get("properties")
+        self._name = name
+        properties = self._schemas.get(name, {}).get("properties")
         self._properties = properties if isinstance(properties, dict) else {}
         self._num_keys = 0
 
@@ -45,8 +45,19 @@ class KeyedCalls(ToolParser):
             return end
         pieces: list[str] = []
         end = yield from self._until_whole(ends, pieces.append)
-        self._arguments(_json(value_of("".join(pieces), types_of(schema, self._schema))))
+        self._arguments(_json(value_of("".join(pieces), self._types_of(key, schema))))
         return end
+
+    def _empty(self, key: str) -> None:
+        """A value of nothing."""
+        self._arguments(f'{", " if self._num_keys else "{"}{_json(key)}: ""')
+        self._num_keys += 1
+
+    def _types_of(self, key: str, schema: Any) -> frozenset[str]:
+        place = self._name, key
+        if place not in self._types:
+            self._types[place] = types_of(schema, self._schemas.get(self._name, {}))
+        return self._types[place]
 
     def _end(self) -> None:
         """The call has all its arguments."""
@@ -89,7 +100,8 @@ class GlmParser(KeyedCalls):
 
 
 QWEN_ENDS: Final = ("</parameter>", "\n<parameter=", "\n</function>")
-"""Of a value: models leave its end mark out, and go on with the next one or the call's end."""
+"""Of a value: models leave its end mark out, and go on with the next one or the call's end. A value begins with none of
+them either, less the line end, which stands before it."""
 
 
 class QwenCoderParser(KeyedCalls):
@@ -115,7 +127,11 @@ class QwenCoderParser(KeyedCalls):
                 _, end = yield from self._word(key, close)
                 continue
             argument, _ = yield from self._word(">")
-            yield from self._has("\n")
+            if (yield from self._has("\n")):
+                end = key if (yield from self._has(key)) else close if (yield from self._has(close)) else ""
+                if end:  # an empty value without its end mark
+                    self._empty(argument)
+                    continue
             ended = yield from self._argument(argument, ("\n</parameter>", *QWEN_ENDS))
             end = {f"\n{key}": key, f"\n{close}": close}.get(ended, "")
         self._end()
@@ -123,25 +139,52 @@ class QwenCoderParser(KeyedCalls):
         yield from self._has("</tool_call>")
 
 
-def types_of(schema: Any, root: Mapping[str, Any], depth: int = 0) -> frozenset[str]:
-    """The JSON types of what satisfies a schema, which `root` has the definitions of; none where that is not said."""
-    if not isinstance(schema, dict) or depth > TYPES_DEPTH_MAX:
+def types_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
+    """The JSON types of what satisfies a schema, which `root` has the definitions of; none where that is not said, or
+    only after more than TYPES_MAX schemas and values."""
+    try:
+        return _Types(root).of(schema)
+    except _TooMany:
         return frozenset()
-    if (named := named_types(schema)) or not schema:
-        return named
-    values = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
-    if isinstance(values, list):
-        return frozenset().union(*map(_type_of, values))
-    if isinstance(schema.get("$ref"), str):
-        return types_of(_referred(schema["$ref"], root), root, depth + 1)
-    for word in ("anyOf", "oneOf"):
-        if isinstance(schema.get(word), list):
-            among = [types_of(one, root, depth + 1) for one in schema[word][:TYPES_MAX]]
-            return frozenset().union(*among) if all(among) else frozenset()
-    if isinstance(schema.get("allOf"), list):
-        said = [types for one in schema["allOf"][:TYPES_MAX] if (types := types_of(one, root, depth + 1))]
-        return frozenset.intersection(*said) if said else frozenset()
-    return frozenset()
+
+
+class _TooMany(Exception):
+    """Schemas and values."""
+
+
+class _Types:
+    """Of one schema, as far as TYPES_MAX goes."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._num_left = TYPES_MAX
+
+    def of(self, schema: Any) -> frozenset[str]:
+        """See `types_of`. Raises _TooMany."""
+        self._spend(1)
+        if not isinstance(schema, dict):
+            return frozenset()
+        if (named := named_types(schema)) or not schema:
+            return named
+        values = schema["enum"] if "enum" in schema else [schema["const"]] if "const" in schema else None
+        if isinstance(values, list):
+            self._spend(len(values))
+            return frozenset().union(*map(_type_of, values))
+        if isinstance(schema.get("$ref"), str):
+            return self.of(_referred(schema["$ref"], self._root))
+        for word in ("anyOf", "oneOf"):
+            if isinstance(schema.get(word), list):
+                among = [self.of(one) for one in schema[word]]
+                return frozenset().union(*among) if all(among) else frozenset()
+        if isinstance(schema.get("allOf"), list):
+            said = [types for one in schema["allOf"] if (types := self.of(one))]
+            return frozenset.intersection(*said) if said else frozenset()
+        return frozenset()
+
+    def _spend(self, num: int) -> None:
+        self._num_left -= num
+        if self._num_left < 0:
+            raise _TooMany
 
 
 def _referred(reference: str, root: Mapping[str, Any]) -> Any:
@@ -186,7 +229,7 @@ def _read(text: str, *, is_python: bool) -> Any:
         try:
             value = ast.literal_eval(text)
             json.dumps(value, allow_nan=False)  # sets, bytes and infinities are no JSON
-            return value
+            return value if isinstance(value, dict | list) else None
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             pass
     return None

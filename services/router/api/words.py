@@ -147,7 +147,8 @@ WORDS: dict[str, Word] = {
     "top_logprobs": Word("here it is called logprobs"),
 }
 
-_CHAT_ONLY = "only chat and completions have it"
+_NOT_HERE = "there is nothing of the kind here"
+_CHAT_ONLY = "only chat has it"
 
 # What chat has and the newer interfaces do not, or call otherwise; see RESPONSES_WORDS and ANTHROPIC_WORDS.
 _OF_CHAT: dict[str, Word] = {
@@ -174,37 +175,47 @@ _OF_CHAT: dict[str, Word] = {
     "add_special_tokens": Word(_CHAT_ONLY, (False,)),
     "include_reasoning": Word("thinking comes as parts of its own", (True,)),
     "separate_reasoning": Word("thinking comes as parts of its own", (True,)),
-    "context_management": Word("the conversation is taken as it comes"),
 }
 
-RESPONSES_WORDS: dict[str, Word] = {
-    **WORDS,
-    **_OF_CHAT,
-    "messages": Word("here it is called input"),
-    "max_tokens": Word("here it is called max_output_tokens"),
-    "max_completion_tokens": Word("here it is called max_output_tokens"),
-    "max_new_tokens": Word("use max_output_tokens"),
-    "response_format": Word("here it is text.format"),
-    "structured_outputs": Word("use text.format"),
-    "reasoning_effort": Word("here it is reasoning.effort"),
-    "system": Word("here it is called instructions"),
-    "image": Word(_TEXT_ONLY),
-    "background_options": Word("no answer is kept"),
-    "access_programs": Word("there are none"),
-}
 
-ANTHROPIC_WORDS: dict[str, Word] = {
-    **WORDS,
-    **_OF_CHAT,
-    "stop": Word("here it is called stop_sequences"),
-    "max_completion_tokens": Word("here it is called max_tokens"),
-    "response_format": Word("here it is output_config.format"),
-    "structured_outputs": Word("use output_config.format"),
-    "parallel_tool_calls": Word("here it is tool_choice.disable_parallel_tool_use", (True,)),
-    "reasoning_effort": Word("use thinking"),
-    "mcp_servers": Word("no server is called"),
-    "container": Word("no code is run"),
-}
+def _of_newer(own: Mapping[str, Word]) -> dict[str, Word]:
+    """All words, with the reasons of `own`; no reason of chat's says to use what is refused here."""
+    words = {**WORDS, **_OF_CHAT, **own}
+    return {
+        name: word._replace(reason=_NOT_HERE) if name not in own and words.keys() & word.reason.split(" ") else word
+        for name, word in words.items()
+    }
+
+
+RESPONSES_WORDS: dict[str, Word] = _of_newer(
+    {
+        "messages": Word("here it is called input"),
+        "max_tokens": Word("here it is called max_output_tokens"),
+        "max_completion_tokens": Word("here it is called max_output_tokens"),
+        "max_new_tokens": Word("use max_output_tokens"),
+        "response_format": Word("here it is text.format"),
+        "structured_outputs": Word("use text.format"),
+        "reasoning_effort": Word("here it is reasoning.effort"),
+        "system": Word("here it is called instructions"),
+        "image": Word(_TEXT_ONLY),
+        "background_options": Word("no answer is kept"),
+        "access_programs": Word("there are none"),
+        "context_management": Word("the conversation is taken as it comes"),
+    }
+)
+
+ANTHROPIC_WORDS: dict[str, Word] = _of_newer(
+    {
+        "stop": Word("here it is called stop_sequences"),
+        "max_completion_tokens": Word("here it is called max_tokens"),
+        "response_format": Word("here it is output_config.format"),
+        "structured_outputs": Word("use output_config.format"),
+        "parallel_tool_calls": Word("here it is tool_choice.disable_parallel_tool_use", (True,)),
+        "reasoning_effort": Word("use thinking"),
+        "mcp_servers": Word("no server is called"),
+        "container": Word("no code is run"),
+    }
+)
 
 # Of a message. Contents that are no text are refused where the messages are read.
 MESSAGE_WORDS: dict[str, Word] = {

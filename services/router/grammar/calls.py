@@ -222,7 +222,7 @@ class _Form:
             raise self._refusal(f"cannot keep to the keyword {unread[0]!r} of a text{beside}")
         if named:
             texts = schema["enum"] if named == "enum" else [schema["const"]]
-            found = [text for text in texts if isinstance(text, str) and not any(end in text for end in ends)]
+            found = [text for text in texts if isinstance(text, str) and not any(end in f"\n{text}" for end in ends)]
             if not found:
                 raise self._refusal(f"can write none of the texts of {named!r}")
             return "(" + " | ".join(map(literal, found)) + ")"
@@ -234,6 +234,9 @@ class _Form:
         for end in ends:
             mark = regex_to_lark(end.replace("/", "[/]").replace("\n", "\\n"), "")
             allowed += f" & ~/(?s:.*){mark}(?s:.*)/"
+            if end.startswith("\n"):  # a line end stands before the text
+                mark = regex_to_lark(end[1:].replace("/", "[/]"), "")
+                allowed += f" & ~/{mark}(?s:.*)/"
         if "pattern" in schema:
             allowed += f" & /{regex_to_lark(pattern[1:-1], 'dw')}/"
         return self._rule(f"TEXT_{len(self._rules)}", allowed)

@@ -114,7 +114,7 @@ class Pool:
         failpoint("pool.adopt")
         for slot in range(RANKS_MAX):
             deadline = time.monotonic() + RECORD_S_MAX
-            while pid := self._seats.holder(slot):
+            while not self._stopping and (pid := self._seats.holder(slot)):
                 if self._adopt_rank(slot, pid, is_late=time.monotonic() > deadline):
                     break
                 time.sleep(RECORD_LOOK_S)
