@@ -6,6 +6,7 @@ import argparse
 import os
 import select
 import signal
+import time
 from pathlib import Path
 
 from elasticmoe.cli.paths import run_dir_of
@@ -39,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
     if record is None:
         return _nothing_runs(args)
     say(f"stopping {record.served_name} in {path}")
+    began = time.monotonic()
     if not terminate(record.launcher, args.timeout):
         raise DeadlineExceeded(f"the deployment in {path} still stops after {args.timeout:g} s", code="still_stopping")
-    say("stopped")
+    say(f"stopped in {time.monotonic() - began:.1f} s")
     return 0
 
 

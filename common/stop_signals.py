@@ -14,7 +14,8 @@ from types import FrameType
 
 class StopSignals:
     """SIGTERM and SIGINT, from `listen` to `close`. The main thread's. `on_stop` is called for each, between two
-    instructions of that thread: it only records."""
+    instructions of that thread, also in a wait: it records, and may wake a loop that waits for something else than
+    `fileno`."""
 
     def __init__(self, on_stop: Callable[[], None]) -> None:
         self._on_stop = on_stop

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import signal
 from collections import deque
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -16,6 +14,7 @@ from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import Unavailable, Unready
 from elasticmoe.common.protocol.scaler import RankExited, RankReady, ToScaler
 from elasticmoe.common.protocol.signals import CODEC as SIGNALS
+from elasticmoe.common.stop_signals import StopSignals
 from elasticmoe.common.store import Event, Writer
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.scaler.actions import LeaveOut
@@ -129,8 +128,8 @@ class Scaler:
         settings = {k: v for k, v in msgspec.structs.asdict(config).items() if k != "store_url"}
         self.status_cache = StatusCache(StatusSnapshot("starting", "", None, None, None, 0, settings))
 
-    def stop(self, *_: int | FrameType | None) -> None:
-        """Let `run` return. A signal handler: it records and wakes."""
+    def stop(self) -> None:
+        """Let `run` return."""
         self._stopping = True
         self._wake()
 
@@ -140,8 +139,8 @@ class Scaler:
 
     def run(self) -> None:
         """Serve until a signal comes. Raises Fenced when another scaler has taken over."""
-        signal.signal(signal.SIGTERM, self.stop)
-        signal.signal(signal.SIGINT, self.stop)
+        signals = StopSignals(self.stop)
+        signals.listen()
         try:
             self.journal.start()
             self.lease.start()
@@ -149,6 +148,7 @@ class Scaler:
                 self.wait(self.turn())
         finally:
             self.close()
+            signals.close()
 
     def close(self) -> None:
         """Refuse what waits, write what is left to the store, and let another scaler have the lease."""

@@ -439,7 +439,9 @@ def test_down_stops_and_says_when_nothing_runs(start: Start, run_dir: Path, caps
     run.read(SERVING)
     assert main(["down", "--run-dir", str(run_dir)]) == 0
     assert run.end() == 0
-    assert capsys.readouterr().out.splitlines() == [f"stopping oracle in {run_dir}", "stopped"]
+    stopping, stopped = capsys.readouterr().out.splitlines()
+    assert stopping == f"stopping oracle in {run_dir}"
+    assert re.fullmatch(r"stopped in \d+\.\d s", stopped)
     assert main(["down", "--run-dir", str(run_dir)]) == 0
     assert f"nothing runs in {run_dir}" in capsys.readouterr().out
 

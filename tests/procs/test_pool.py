@@ -34,6 +34,16 @@ ROOT = Path(__file__).parent.parent.parent
 CALL_MS = 20_000
 
 
+# Nothing but the signal ends its wait within the hour.
+SLEEPER = """
+from elasticmoe.common.process import leave
+from elasticmoe.services.worker import __main__ as worker
+from elasticmoe.services.worker.pool import pool
+pool.POLL_MS = 3_600_000
+leave(worker.main())
+"""
+
+
 class Pool:
     """A pool in a run directory of its own, without a launcher and an HMM: its ranks cannot attach."""
 
@@ -326,3 +336,21 @@ def test_without_standbys_a_rank_is_started_from_nothing() -> None:
         assert pool.status().ranks == ()
     finally:
         pool.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_wait(tmp_path: Path, number: signal.Signals) -> None:
+    """It was seen when the wait was over, up to a second later."""
+    settings = environment_of({"run_dir": tmp_path / "run", "standbys": 0})
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ELASTICMOE_")} | settings
+    heeding = ["env", "--default-signal=INT", sys.executable, "-c", SLEEPER]  # it may be ignored here
+    with subprocess.Popen(heeding, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL) as process:
+        client: Client[ToScaler] = Client(tmp_path / "run/sockets/pool.sock", new_identity("scaler"), scaler.CODEC)
+        try:
+            wait_until((tmp_path / "run/sockets/pool.sock").exists, "it serves", 60.0)
+            client.call(GetPool(), deadline_ms=CALL_MS)
+            process.send_signal(number)
+            assert process.wait(60) == 0
+        finally:
+            client.close()
+            process.kill()

@@ -15,6 +15,7 @@ from elasticmoe.services.scaler.operation.prepare import fitted
 from elasticmoe.services.scaler.policy.record import PolicyRecord
 from tests.sim.mutations import MUTATIONS, mutated
 from tests.sim.policy import acts
+from tests.sim.scaler import Scaler
 from tests.sim.scenario import run_seed
 from tests.sim.world import World as Simulated
 from tests.sim.world import simulated
@@ -158,12 +159,19 @@ def test_a_scaler_knows_what_the_policy_of_one_that_was_killed_has_ordered() -> 
     assert after.sent_s == pytest.approx(before.sent_s)
 
 
-def test_another_policy_is_answered_once_the_store_has_it() -> None:
-    """It was answered before, and a scaler that was killed then dropped it without a word."""
+def with_a_policy() -> tuple[Simulated, Scaler, PolicyRecord]:
+    """A deployment that serves, with its scaler, and what the store has of the policy, which acts."""
     world = Simulated(next(seed for seed in range(1, 100) if acts(seed)))
     world.sim.run(3.0)
     (scaler,) = world.scalers
     record = world.store.data["policy"]
+    assert isinstance(record, PolicyRecord)
+    return world, scaler, record
+
+
+def test_another_policy_is_answered_once_the_store_has_it() -> None:
+    """It was answered before, and a scaler that was killed then dropped it without a word."""
+    world, scaler, record = with_a_policy()
     another = msgspec.structs.replace(record.config, ttft_s=7.0)
     answered = scaler.service.commands.put(SetPolicy(record.version, another))
     stale = scaler.service.commands.put(SetPolicy(record.version, record.config))
@@ -178,10 +186,7 @@ def test_another_policy_is_answered_once_the_store_has_it() -> None:
 
 
 def test_another_policy_that_the_store_does_not_take_is_not_said_to_be_kept() -> None:
-    world = Simulated(next(seed for seed in range(1, 100) if acts(seed)))
-    world.sim.run(3.0)
-    (scaler,) = world.scalers
-    record = world.store.data["policy"]
+    world, scaler, record = with_a_policy()
     world.store.is_down = True
     first = scaler.service.commands.put(SetPolicy(record.version, msgspec.structs.replace(record.config, ttft_s=7.0)))
     world.sim.run(world.sim.now + 1.0)
@@ -196,16 +201,14 @@ def test_another_policy_that_the_store_does_not_take_is_not_said_to_be_kept() ->
 
 def test_another_policy_that_is_put_again_is_not_said_to_be_kept_either() -> None:
     """Whoever is refused puts it again: the policy was in force by then, and so it was answered at once."""
-    world = Simulated(next(seed for seed in range(1, 100) if acts(seed)))
-    world.sim.run(3.0)
-    (scaler,) = world.scalers
-    record = world.store.data["policy"]
+    world, scaler, record = with_a_policy()
     another = msgspec.structs.replace(record.config, ttft_s=7.0)
     scaler.service.commands.put(SetPolicy(record.version, another))
-    world.store.is_down = True  # the journal has not written it yet
-    world.sim.run(world.sim.now + 0.3)
-    if scaler.service._policy is None or scaler.service._policy.config != another:
-        pytest.skip("it was refused at once")
+    while (policy := scaler.service._policy) is None or policy.config != another:
+        assert world.sim.now < 6.0
+        world.sim.run(world.sim.now + 0.005)
+    assert world.store.data["policy"] == record, "it is in force, and the journal has not written it yet"
+    world.store.is_down = True
     again = scaler.service.commands.put(SetPolicy(record.version + 1, another))
     world.sim.run(world.sim.now + 1.0)
     assert world.store.data["policy"] == record

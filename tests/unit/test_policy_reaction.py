@@ -20,7 +20,7 @@ from elasticmoe.services.scaler.policy.recommend import recommend
 from elasticmoe.services.scaler.policy.saturation import capacity
 from elasticmoe.services.scaler.policy.state import Decision, PolicyState
 from tests.unit import policy_world as world
-from tests.unit.test_autoscaler import Bench
+from tests.unit.autoscaler_bench import Bench
 from tests.unit.windows import Pushed
 
 WIDTH = 2

@@ -167,10 +167,17 @@ def test_the_newer_interfaces_refuse_by_name_what_they_do_not_honour(name: str) 
 
 
 @pytest.mark.parametrize("name", NEWER)
-def test_no_reason_names_a_word_that_is_refused_there(name: str) -> None:
+def test_no_reason_leads_to_a_word_that_is_refused_there(name: str) -> None:
     words, refused = NEWER[name][2], of_newer(name)
     for word in refused:
-        assert not refused & set(re.findall(r"[a-z_.]+", words[word].reason)) - {word}, word
+        led_to = set(re.findall(r"(?:use|or|called|in) ([a-z_.]+)", words[word].reason))
+        assert not led_to & refused, word
+
+
+def test_what_a_reason_leads_to_is_said_beside_it() -> None:
+    for word in WORDS.values():
+        led_to = set(re.findall(r"(?:use|or|called|in) ([a-z_]+)", word.reason))
+        assert led_to & set(ChatRequest.__struct_fields__) - {"temperature"} <= set(word.instead), word
 
 
 def test_what_claude_code_sends_unasked_passes() -> None:

@@ -35,8 +35,7 @@ class KeyedCalls(ToolParser):
 
     def _argument(self, key: str, ends: Sequence[str]) -> Generator[None, None, str]:
         """A value, up to one of `ends`, which is returned. A text goes out as it comes."""
-        self._arguments(f"{', ' if self._num_keys else '{'}{_json(key)}: ")
-        self._num_keys += 1
+        self._key(key)
         schema = self._properties.get(key)
         if named_types(schema) == {"string"}:
             self._arguments('"')
@@ -48,9 +47,9 @@ class KeyedCalls(ToolParser):
         self._arguments(_json(value_of("".join(pieces), self._types_of(key, schema))))
         return end
 
-    def _empty(self, key: str) -> None:
-        """A value of nothing."""
-        self._arguments(f'{", " if self._num_keys else "{"}{_json(key)}: ""')
+    def _key(self, key: str) -> None:
+        """A value follows."""
+        self._arguments(f"{', ' if self._num_keys else '{'}{_json(key)}: ")
         self._num_keys += 1
 
     def _types_of(self, key: str, schema: Any) -> frozenset[str]:
@@ -83,7 +82,7 @@ class GlmParser(KeyedCalls):
         name, end = yield from self._word("\n", key, close)
         if end == "\n":  # a line of prose about the marker is no name
             yield from self._spaces()
-            end = key if (yield from self._has(key)) else close if (yield from self._has(close)) else ""
+            end = yield from self._which(key, close)
             if not end:
                 raise NoCall
         self._begin(name)
@@ -128,9 +127,10 @@ class QwenCoderParser(KeyedCalls):
                 continue
             argument, _ = yield from self._word(">")
             if (yield from self._has("\n")):
-                end = key if (yield from self._has(key)) else close if (yield from self._has(close)) else ""
+                end = yield from self._which(key, close)
                 if end:  # an empty value without its end mark
-                    self._empty(argument)
+                    self._key(argument)
+                    self._arguments('""')
                     continue
             ended = yield from self._argument(argument, ("\n</parameter>", *QWEN_ENDS))
             end = {f"\n{key}": key, f"\n{close}": close}.get(ended, "")

@@ -6,6 +6,7 @@ and spaces around the marks belong to neither side, but for what an answer's fir
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 from elasticmoe.services.router.answer_parsers.parts import Reasoning, Text
@@ -28,17 +29,14 @@ def marks_of(name: str, template: str) -> Marks | None:
     return FORMS.get(name)
 
 
-class ReasoningParser:
+class ThinkingParser(ABC):
     """Of one answer. `is_inside`: the prompt ended with the opening mark."""
 
     def __init__(self, marks: Marks, *, is_inside: bool) -> None:
         self._marks = marks
         self._held = ""
-        self._lead: list[str] = []  # spaces at the answer's beginning: whether the opening mark follows is not known
-        self._spaces: list[str] = []  # at the end of what is thought: whether more follows is not known
         self._is_inside = is_inside
         self._is_at_start = not is_inside  # nothing but spaces so far
-        self._is_after_mark = is_inside  # spaces that follow are left out
 
     def feed(self, text: str) -> list[Reasoning | Text]:
         """What `text` lets out."""
@@ -47,6 +45,20 @@ class ReasoningParser:
     def finish(self) -> list[Reasoning | Text]:
         """What is still held, at the end of the answer."""
         return self._read("", is_last=True)
+
+    @abstractmethod
+    def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
+        """Both."""
+
+
+class ReasoningParser(ThinkingParser):
+    """Tells the thinking without its marks."""
+
+    def __init__(self, marks: Marks, *, is_inside: bool) -> None:
+        super().__init__(marks, is_inside=is_inside)
+        self._lead: list[str] = []  # spaces at the answer's beginning: whether the opening mark follows is not known
+        self._spaces: list[str] = []  # at the end of what is thought: whether more follows is not known
+        self._is_after_mark = is_inside  # spaces that follow are left out
 
     def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
         self._held += text
@@ -100,23 +112,9 @@ class ReasoningParser:
         self._spaces.append(text[len(kept) :])
 
 
-class UnseparatedParser:
-    """The same thinking, for a client that wants it in the text: Reasoning is what stands before the answer, as it is
-    written, marks and all, in which no calls are looked for."""
-
-    def __init__(self, marks: Marks, *, is_inside: bool) -> None:
-        self._marks = marks
-        self._held = ""
-        self._is_inside = is_inside
-        self._is_at_start = not is_inside
-
-    def feed(self, text: str) -> list[Reasoning | Text]:
-        """What `text` lets out."""
-        return self._read(text, is_last=False)
-
-    def finish(self) -> list[Reasoning | Text]:
-        """What is still held, at the end of the answer."""
-        return self._read("", is_last=True)
+class UnseparatedParser(ThinkingParser):
+    """For a client that wants the thinking in the text: Reasoning is what stands before the answer, as it is written,
+    marks and all, in which no calls are looked for."""
 
     def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
         self._held += text

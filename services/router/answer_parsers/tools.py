@@ -217,6 +217,13 @@ class ToolParser(ABC):
         self._eat(len(literal))
         return True
 
+    def _which(self, *literals: str) -> Generator[None, None, str]:
+        """Take the one of `literals` that comes next; empty for none of them."""
+        for literal in literals:
+            if (yield from self._has(literal)):
+                return literal
+        return ""
+
     def _until(
         self, ends: Sequence[str], put: Callable[[str], None], length_max: int | None = None
     ) -> Generator[None, None, str]:

@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallStart, Reasoning, Text
-from elasticmoe.services.router.answer_parsers.reasoning import Marks, ReasoningParser, UnseparatedParser
+from elasticmoe.services.router.answer_parsers.reasoning import (
+    Marks,
+    ReasoningParser,
+    ThinkingParser,
+    UnseparatedParser,
+)
 from elasticmoe.services.router.api.tool_use import ToolUse
 from elasticmoe.services.router.api.turns import Turns
 
@@ -34,7 +39,7 @@ class AnswerReader:
 
     def __init__(self, form: AnswerForm) -> None:
         self._form = form
-        kind = ReasoningParser if form.is_separated else UnseparatedParser
+        kind: type[ThinkingParser] = ReasoningParser if form.is_separated else UnseparatedParser
         self._reasoning = kind(form.marks, is_inside=form.is_inside) if form.marks else None
         self._tools = form.tools.parser(form.tools.schemas) if form.tools else None
         self.num_calls = 0

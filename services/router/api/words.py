@@ -20,14 +20,22 @@ _NOTHING: tuple[object, ...] = ([], {}, "")
 
 
 class Word(NamedTuple):
-    """Why it is refused, and which values ask for nothing. `is_asking`: also an empty value asks for something."""
+    """Why it is refused, and which values ask for nothing. `is_asking`: also an empty value asks for something.
+    `instead`: fields of the request that the reason leads to."""
 
     reason: str
     neutral: tuple[object, ...] = ()
     is_asking: bool = False
+    instead: tuple[str, ...] = ()
 
 
-_STRUCTURED = "use response_format or structured_outputs"
+def _use(*fields: str, neutral: tuple[object, ...] = ()) -> Word:
+    """Another name of what these fields ask for."""
+    return Word(f"use {' or '.join(fields)}", neutral, instead=fields)
+
+
+_STRUCTURED = ("response_format", "structured_outputs")
+_KWARGS = ("chat_template_kwargs",)
 _SAMPLER = "there is no such sampler"
 _OTHER_SHAPE = "the answer has no place for it"
 _TEXT_ONLY = "the model reads and writes text only"
@@ -36,21 +44,21 @@ _TEMPLATE = "a template comes with the model only"
 
 WORDS: dict[str, Word] = {
     # Structured answers by other names: older vLLM, SGLang, TGI, llama.cpp.
-    "guided_json": Word(_STRUCTURED),
-    "guided_regex": Word(_STRUCTURED),
-    "guided_choice": Word(_STRUCTURED),
-    "guided_grammar": Word(_STRUCTURED),
-    "guided_json_object": Word(_STRUCTURED, (False,)),
-    "structural_tag": Word(_STRUCTURED),
-    "json_schema": Word(_STRUCTURED),
-    "response_schema": Word(_STRUCTURED),
-    "json_mode": Word(_STRUCTURED, (False,)),
-    "format": Word(_STRUCTURED),
-    "regex": Word(_STRUCTURED),
-    "ebnf": Word(_STRUCTURED),
-    "grammar": Word(_STRUCTURED),
-    "allowed_token_ids": Word("use logit_bias"),
-    "bad_words": Word("use logit_bias"),
+    "guided_json": _use(*_STRUCTURED),
+    "guided_regex": _use(*_STRUCTURED),
+    "guided_choice": _use(*_STRUCTURED),
+    "guided_grammar": _use(*_STRUCTURED),
+    "guided_json_object": _use(*_STRUCTURED, neutral=(False,)),
+    "structural_tag": _use(*_STRUCTURED),
+    "json_schema": _use(*_STRUCTURED),
+    "response_schema": _use(*_STRUCTURED),
+    "json_mode": _use(*_STRUCTURED, neutral=(False,)),
+    "format": _use(*_STRUCTURED),
+    "regex": _use(*_STRUCTURED),
+    "ebnf": _use(*_STRUCTURED),
+    "grammar": _use(*_STRUCTURED),
+    "allowed_token_ids": _use("logit_bias"),
+    "bad_words": _use("logit_bias"),
     "logits_processors": Word("no code of a request is run"),
     "custom_logit_processor": Word("no code of a request is run"),
     "vllm_xargs": Word("there are no extensions"),
@@ -66,10 +74,10 @@ WORDS: dict[str, Word] = {
     "prompt_embeds": Word(_TEXT_ONLY),
     # How much and how the model thinks and writes.
     "reasoning_effort": Word("only chat has a template that reads it"),
-    "enable_thinking": Word("pass it in chat_template_kwargs"),
-    "thinking": Word("pass what the model's template knows in chat_template_kwargs"),
+    "enable_thinking": Word("pass it in chat_template_kwargs", instead=_KWARGS),
+    "thinking": Word("pass what the model's template knows in chat_template_kwargs", instead=_KWARGS),
     "thinking_budget": Word("the model's thinking has no budget of its own", (-1,)),
-    "reasoning": Word("use reasoning_effort, or chat_template_kwargs"),
+    "reasoning": _use("reasoning_effort", *_KWARGS),
     "thinking_token_budget": Word("the model's thinking has no budget of its own", (-1,)),
     "include_reasoning": Word("in completions thinking is a part of the answer", (True,)),
     "separate_reasoning": Word("in completions thinking is a part of the answer", (False,)),
@@ -90,29 +98,29 @@ WORDS: dict[str, Word] = {
     "do_sample": Word("use temperature 0", (True,)),
     "sampling_params": Word("write them beside the prompt"),
     "options": Word("write them beside the prompt"),
-    "best_of": Word("use n", (1,)),
-    "min_new_tokens": Word("use min_tokens", (0,)),
-    "max_new_tokens": Word("use max_tokens"),
-    "max_output_tokens": Word("use max_tokens"),
-    "max_tokens_to_sample": Word("use max_tokens"),
-    "num_predict": Word("use max_tokens", (-1,)),
-    "min_length": Word("use min_tokens", (0,)),
-    "max_length": Word("use max_tokens"),
-    "stop_sequences": Word("use stop"),
-    "stop_words": Word("use stop"),
-    "eos_token_id": Word("use stop_token_ids"),
-    "suppress_tokens": Word("use logit_bias"),
-    "bad_words_ids": Word("use logit_bias"),
+    "best_of": _use("n", neutral=(1,)),
+    "min_new_tokens": _use("min_tokens", neutral=(0,)),
+    "max_new_tokens": _use("max_tokens"),
+    "max_output_tokens": _use("max_tokens"),
+    "max_tokens_to_sample": _use("max_tokens"),
+    "num_predict": _use("max_tokens", neutral=(-1,)),
+    "min_length": _use("min_tokens", neutral=(0,)),
+    "max_length": _use("max_tokens"),
+    "stop_sequences": _use("stop"),
+    "stop_words": _use("stop"),
+    "eos_token_id": _use("stop_token_ids"),
+    "suppress_tokens": _use("logit_bias"),
+    "bad_words_ids": _use("logit_bias"),
     "negative_prompt": Word(_SAMPLER),
     "guidance_scale": Word(_SAMPLER, (1,)),
     "cfg_scale": Word(_SAMPLER, (1,)),
     "penalty_alpha": Word(_SAMPLER, (0,)),
     "encoder_repetition_penalty": Word(_SAMPLER, (1,)),
     "top_n_sigma": Word(_SAMPLER, (-1,)),
-    "n_predict": Word("use max_tokens", (-1,)),
-    "repeat_penalty": Word("use repetition_penalty", (1,)),
+    "n_predict": _use("max_tokens", neutral=(-1,)),
+    "repeat_penalty": _use("repetition_penalty", neutral=(1,)),
     "watermarking": Word("there is no watermark", (False,)),
-    "repetition_detection": Word("use repetition_penalty"),
+    "repetition_detection": _use("repetition_penalty"),
     "no_repeat_ngram_size": Word(_SAMPLER, (0,)),
     "typical_p": Word(_SAMPLER, (1,)),
     "top_a": Word(_SAMPLER, (0,)),
@@ -127,12 +135,12 @@ WORDS: dict[str, Word] = {
     "dry_multiplier": Word(_SAMPLER, (0,)),
     "xtc_probability": Word(_SAMPLER, (0,)),
     # When the text ends, and which parts of it are told.
-    "include_stop_str_in_output": Word("the text ends before a stop string", (False,)),
-    "no_stop_trim": Word("the text ends before a stop string", (False,)),
-    "stop_regex": Word("use stop"),
+    "include_stop_str_in_output": Word("the text ends before a stop string", (False,), instead=("stop",)),
+    "no_stop_trim": Word("the text ends before a stop string", (False,), instead=("stop",)),
+    "stop_regex": _use("stop"),
     "detokenize": Word("the answer is text", (True,)),
     # What else the answer tells.
-    "prompt_logprobs": Word("use echo with logprobs in completions"),
+    "prompt_logprobs": Word("use echo with logprobs in completions", instead=("echo", "logprobs")),
     "logprob_token_ids": Word(_OTHER_SHAPE),
     "return_token_ids": Word(_OTHER_SHAPE, (False,)),
     "return_prompt_text": Word(_OTHER_SHAPE, (False,)),
@@ -143,8 +151,8 @@ WORDS: dict[str, Word] = {
     "kv_transfer_params": Word(_TRANSFER),
     "ec_transfer_params": Word(_TRANSFER),
     # The other endpoint's names.
-    "max_completion_tokens": Word("here it is called max_tokens"),
-    "top_logprobs": Word("here it is called logprobs"),
+    "max_completion_tokens": Word("here it is called max_tokens", instead=("max_tokens",)),
+    "top_logprobs": Word("here it is called logprobs", instead=("logprobs",)),
 }
 
 _NOT_HERE = "there is nothing of the kind here"
@@ -179,11 +187,10 @@ _OF_CHAT: dict[str, Word] = {
 
 
 def _of_newer(own: Mapping[str, Word]) -> dict[str, Word]:
-    """All words, with the reasons of `own`; no reason of chat's says to use what is refused here."""
+    """All words, with the reasons of `own`; none leads to a field that is refused here."""
     words = {**WORDS, **_OF_CHAT, **own}
     return {
-        name: word._replace(reason=_NOT_HERE) if name not in own and words.keys() & word.reason.split(" ") else word
-        for name, word in words.items()
+        name: word._replace(reason=_NOT_HERE) if words.keys() & word.instead else word for name, word in words.items()
     }
 
 
