@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,7 +47,24 @@ def processes_of(run_dir: Path) -> dict[int, str]:
     return found
 
 
+def _ports_of_this_process() -> Iterator[int]:
+    """Ports below those that the kernel gives out by itself, so that no connection of another test takes one before it
+    is used. Each worker of pytest has a share of its own; another run on this machine most likely begins elsewhere."""
+    lowest, count = 12_000, 1_000
+    kernel_gives_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    shares = max(8, (kernel_gives_from - lowest) // count)
+    share = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % shares
+    begins = random.randrange(count)
+    for turn in itertools.count(begins):
+        yield lowest + share * count + turn % count
+
+
+_PORTS = _ports_of_this_process()
+
+
 def free_port() -> int:
-    """A port of 127.0.0.1 on which nobody listens now."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
+    """A port of 127.0.0.1 on which nobody listens now, and that is given out once: two calls never have the same."""
+    for port in itertools.islice(_PORTS, 1_000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("each of a thousand ports of 127.0.0.1 is in use")
