@@ -40,6 +40,11 @@ class InvalidRequest(ElasticMoEError):
         super().__init__(message, code=code)
         self.param = param
 
+    def rename(self, message: str, param: str | None) -> None:
+        """Say it in the words of whoever asked, where what found the fault has words of its own."""
+        self.args = (message,)
+        self.message, self.param = message, param
+
 
 class ContextLengthExceeded(InvalidRequest):
     """Prompt and output do not fit into the context. The words are OpenAI's: clients look for them and read the
@@ -50,8 +55,9 @@ class ContextLengthExceeded(InvalidRequest):
     def __init__(
         self, limit: int, num_prompt: int, num_output: int = 0, *, what: str = "prompt", param: str | None = None
     ) -> None:
-        """`limit`: tokens of the context. `num_output`: as asked for; 0 where it was not said. `what`: the prompt's
-        name, `prompt`, `messages` or `input`."""
+        """`limit`: tokens of the context. `num_output`: as asked for; 0 where it was not said. `what`: what the text
+        calls the prompt."""
+        self.what = what
         if num_output:
             asked = (
                 f"you requested {num_prompt + num_output} tokens ({num_prompt} in the {what}, {num_output} in the "

@@ -29,6 +29,7 @@ TEMPLATE = (
 )
 HELLO: Any = [{"role": "user", "content": "Hi"}]
 TOOLS: Any = [{"name": "weather", "description": "d", "input_schema": {"type": "object", "properties": {}}}]
+LONE: Any = {"type": "json_schema", "schema": {"not": {}}}
 THOUGHT = b"<think>\nHm.\n</think>\n\n"
 CALL = b'<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 CALLED = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
@@ -164,6 +165,9 @@ def test_a_system_s_message_stands_where_it_was_said(rank: FakeRank, claude: ant
         ({"messages": [*HELLO, {"role": "system", "content": [{"type": "thinking"}]}]}, "unsupported", None),
         ({"stop": ["a"]}, "unsupported", "stop"),
         ({"seed": 1}, "unsupported", "seed"),
+        ({"max_tokens": 1_000_000}, "context_length_exceeded", "max_tokens"),
+        ({"output_format": LONE}, "unsupported_schema", "output_format.schema"),
+        ({"output_config": {"format": LONE}}, "unsupported_schema", "output_config.format.schema"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(

@@ -19,6 +19,7 @@ TEMPLATE = (
 )
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS: Any = [{"type": "function", "name": "weather", "description": "d", "parameters": PARAMETERS, "strict": True}]
+CALLED = {"type": "function_call", "call_id": "c1", "name": "weather"}
 THOUGHT = b"<think>\nHm.\n</think>\n\n"
 CALL = b'<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 
@@ -108,6 +109,35 @@ def test_what_is_too_long_is_told_by_the_names_of_this_endpoint(router: RouterPr
     error = router.http.post("/v1/responses", json=body).json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "max_output_tokens")
     assert "in the input" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "param", "text"),
+    [
+        (
+            {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
+            "unsupported_schema",
+            "text.format.schema",
+            "text.format.schema",
+        ),
+        (
+            {"input": [{"role": "user", "content": "Hi"}, {**CALLED, "arguments": "[1]"}]},
+            "invalid_request",
+            "input",
+            "input[1]: the arguments",
+        ),
+        ({"reasoning": {"effort": "low"}}, "unsupported", "reasoning.effort", "reasoning.effort is not supported"),
+        ({"input": "x" * 100_000}, "context_length_exceeded", "input", "characters in your input"),
+    ],
+)
+def test_what_chat_refuses_is_told_by_the_names_of_this_endpoint(
+    router: RouterProcess, fields: dict[str, Any], code: str, param: str, text: str
+) -> None:
+    error = router.http.post("/v1/responses", json={"input": "Hi", "instructions": "Be brief.", **fields}).json()[
+        "error"
+    ]
+    assert (error["code"], error["param"]) == (code, param)
+    assert text in error["message"]
 
 
 def test_what_the_model_is_told(rank: FakeRank, client: openai.OpenAI) -> None:

@@ -20,7 +20,7 @@ def message(text: str | list[Any], role: str = "assistant") -> dict[str, Any]:
 def turns(*items: dict[str, Any]) -> list[tuple[str, Any, int]]:
     """Role, content and number of calls of each message."""
     told = messages_of(msgspec.convert(list(items), list[InputItem]))
-    return [(one.role, one.content, len(one.tool_calls or ())) for one in told]
+    return [(one.role, one.content, len(one.tool_calls or ())) for _, one in told]
 
 
 def test_what_is_said_after_a_call_is_of_its_turn_so_that_the_result_follows_it() -> None:

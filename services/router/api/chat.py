@@ -14,6 +14,7 @@ from elasticmoe.services.router.api.answer_reader import AnswerForm
 from elasticmoe.services.router.api.chat_renderer import ChatRenderer
 from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.field_names import CHAT, FieldNames
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import caller_of, client_of, front_of, permit_of, request_id_of
 from elasticmoe.services.router.api.generate import Generation, counting_refusals, start, with_grammar
@@ -49,8 +50,14 @@ class StartedChat(NamedTuple):
     form: AnswerForm | None
 
 
-async def start_chat(request: Request, raw: ChatRequest, *, kind: str) -> StartedChat:
-    """Submit it. `kind`: what its choices are called by. Raises what `start` raises, InvalidRequest and NotFound."""
+async def start_chat(request: Request, raw: ChatRequest, *, kind: str, names: FieldNames = CHAT) -> StartedChat:
+    """Submit it. `kind`: what its choices are called by. `names`: what the client calls chat's fields. Raises what
+    `start` raises, InvalidRequest and NotFound."""
+    with names.in_errors():
+        return await _started(request, raw, kind)
+
+
+async def _started(request: Request, raw: ChatRequest, kind: str) -> StartedChat:
     front = front_of(request)
     front.check_model(raw.model)
     options = _options(raw, front)

@@ -22,7 +22,6 @@ from elasticmoe.services.router.grammar.structure import Thought
 from elasticmoe.services.router.text.detokenizer import TextStream
 
 PIECE_TOKENS = 65_536  # of prompts that are submitted in one go
-_NAMES = {"cmpl": ("prompt", "max_tokens"), "resp": ("input", "max_output_tokens")}  # as its requests have them
 
 
 class Generation:
@@ -81,8 +80,7 @@ async def start(
     nothing runs.
     """
     limit = front.dispatcher.max_model_len()
-    what, most_name = _NAMES.get(kind, ("messages", "max_tokens"))
-    max_tokens = [_max_tokens(len(prompt), options, limit, what, most_name) for prompt in prompts]
+    max_tokens = [_max_tokens(len(prompt), options, limit) for prompt in prompts]
     prompt_logprobs = is_echo and options.sampling.logprobs >= 0
     _admit(front, permit, options, prompts, max_tokens, is_echo=is_echo)
     caller.tokenized(prompts)
@@ -183,17 +181,16 @@ def _admit(
         raise
 
 
-def _max_tokens(num_prompt: int, options: Options, limit: int, what: str, most_name: str) -> int:
-    """Tokens that may be generated after a prompt, which the request calls `what`, and their bound `most_name`. Raises
-    InvalidRequest when prompt and output do not fit: a rank has to have room for one token, also where none is asked
-    for."""
+def _max_tokens(num_prompt: int, options: Options, limit: int) -> int:
+    """Tokens that may be generated after a prompt. Raises InvalidRequest when prompt and output do not fit: a rank has
+    to have room for one token, also where none is asked for."""
     limit = min(limit, PROMPT_TOKENS_MAX)
     if num_prompt == 0:
-        raise InvalidRequest("the prompt has no tokens", param=what)
+        raise InvalidRequest("there are no tokens in the prompt", param="prompt")
     asked = options.max_tokens
     if num_prompt + (asked or 1) > limit:
-        param = most_name if asked and num_prompt < limit else what
-        raise ContextLengthExceeded(limit, num_prompt, asked or 0, what=what, param=param)
+        param = "max_tokens" if asked and num_prompt < limit else "prompt"
+        raise ContextLengthExceeded(limit, num_prompt, asked or 0, param=param)
     if asked is not None:
         return asked
     return min(limit - num_prompt, options.default_tokens or limit)

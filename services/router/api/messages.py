@@ -31,7 +31,8 @@ async def messages(request: Request) -> Response:
     """Continue a conversation, as one message or (`stream`) event by event."""
     front = front_of(request)
     raw = await body_of(request, _decoder)
-    chat = await start_chat(request, chat_of(raw), kind="msg")
+    asked, names = chat_of(raw)
+    chat = await start_chat(request, asked, kind="msg", names=names)
     return answer_of(front, chat, MessagesRenderer(f"msg_{request_id_of(request, None)}", front, chat.form))
 
 
@@ -39,8 +40,9 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """How many tokens a conversation has, as the model is told it."""
     front = front_of(request)
-    raw = chat_of(await body_of(request, _count_decoder))
-    front.check_model(raw.model)
+    asked, names = chat_of(await body_of(request, _count_decoder))
+    front.check_model(asked.model)
     context = front.dispatcher.max_model_len()
-    ids, _ = await front.texts.encode_chat(conversation_of(raw), context, client_of(request))
+    with names.in_errors():
+        ids, _ = await front.texts.encode_chat(conversation_of(asked), context, client_of(request))
     return JsonPieces([msgspec.json.encode(CountedTokens(len(ids)))], front.turns)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.field_names import FieldNames
 from elasticmoe.services.router.api.messages_schemas import (
     Block,
     CountRequest,
@@ -31,10 +32,22 @@ from elasticmoe.services.router.api.schemas import (
 )
 from elasticmoe.services.router.api.words import ANTHROPIC_WORDS
 
+_FORMAT = "output_config.format"
+_NAMES = {
+    "prompt": "messages",
+    "continue_final_message": "messages",
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "chat_template_kwargs": "thinking",
+    "include_reasoning": "thinking.display",
+    "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
+}
 
-def chat_of(raw: CountRequest) -> ChatRequest:
-    """The chat that is asked for. Raises InvalidRequest for what this server cannot do."""
-    sampling = {}
+
+def chat_of(raw: CountRequest) -> tuple[ChatRequest, FieldNames]:
+    """The chat that is asked for, and what its fields are called here. Raises InvalidRequest for what this server
+    cannot do."""
+    sampling, names = {}, _NAMES
     if isinstance(raw, MessagesRequest):
         refuse_words(raw, ANTHROPIC_WORDS)
         sampling = {
@@ -46,14 +59,16 @@ def chat_of(raw: CountRequest) -> ChatRequest:
             "top_k": raw.top_k,
             "response_format": _format(raw),
         }
+        param = _FORMAT if raw.output_format is None else "output_format"
+        names = _NAMES | {"response_format": param, "response_format.json_schema.schema": f"{param}.schema"}
     thinking = raw.thinking
     if thinking is not None and thinking.type == "between_tools":
         raise unsupported("thinking.type", "between_tools; supported: enabled, disabled, adaptive")
     thinks = thinking is not None and thinking.type != "adaptive"
-    messages = [*_system(raw), *(told for n, given in enumerate(raw.messages) for told in _messages(given, n))]
-    last = messages[-1]
-    return ChatRequest(
-        messages=messages,
+    placed = [*_system(raw), *(told for n, given in enumerate(raw.messages) for told in _messages(given, n))]
+    _, last = placed[-1]
+    chat = ChatRequest(
+        messages=[message for _, message in placed],
         continue_final_message=last.role == "assistant" and bool(last.content) and not last.tool_calls,
         model=raw.model,
         tools=[Tool("function", FunctionDefinition(t.name, t.description, t.input_schema)) for t in raw.tools or ()],
@@ -63,14 +78,15 @@ def chat_of(raw: CountRequest) -> ChatRequest:
         chat_template_kwargs={"enable_thinking": thinking.type == "enabled"} if thinking and thinks else None,
         **sampling,  # type: ignore[arg-type]
     )
+    return chat, FieldNames(names, [place for place, _ in placed])
 
 
 def _format(raw: MessagesRequest) -> ResponseFormat | None:
     """What the text is, in chat's words."""
     config = raw.output_config.format if raw.output_config else None
     if config is not None and raw.output_format is not None:
-        raise InvalidRequest("output_config.format and output_format exclude one another", param="output_format")
-    given, param = (config, "output_config.format") if config is not None else (raw.output_format, "output_format")
+        raise InvalidRequest(f"{_FORMAT} and output_format exclude one another", param="output_format")
+    given, param = (config, _FORMAT) if config is not None else (raw.output_format, "output_format")
     if given is None:
         return None
     if given.type != "json_schema":
@@ -90,18 +106,20 @@ def _choice(choice: MessagesToolChoice | None) -> Literal["none", "auto", "requi
             return same
 
 
-def _system(raw: CountRequest) -> list[ChatMessage]:
+def _system(raw: CountRequest) -> list[tuple[str, ChatMessage]]:
     if not raw.system:
         return []
-    return [ChatMessage(role="system", content=_texts(raw.system, "system"))]
+    return [("system", ChatMessage(role="system", content=_texts(raw.system, "system")))]
 
 
-def _messages(given: InputMessage, number: int) -> list[ChatMessage]:
-    """A message of blocks: results of tools are messages of their own, before what else is said."""
-    where = f"messages[{number}].content"
+def _messages(given: InputMessage, number: int) -> list[tuple[str, ChatMessage]]:
+    """A message of blocks, with its place: results of tools are messages of their own, before what else is said."""
+    place = f"messages[{number}]"
+    where = f"{place}.content"
     if isinstance(given.content, str):
-        return [ChatMessage(role=given.role, content=given.content)]
-    results, parts, calls, thoughts = list[ChatMessage](), list[ContentPart](), list[ToolCall](), list[str]()
+        return [(place, ChatMessage(role=given.role, content=given.content))]
+    results, parts = list[tuple[str, ChatMessage]](), list[ContentPart]()
+    calls, thoughts = list[ToolCall](), list[str]()
     for index, block in enumerate(given.content):
         at = f"{where}[{index}]"
         match block.type:
@@ -113,7 +131,7 @@ def _messages(given: InputMessage, number: int) -> list[ChatMessage]:
                 raise InvalidRequest(f"{at} has no tool_use_id", param=at)
             case "tool_result" if given.role == "user":
                 content = _texts(block.content or "", f"{at}.content")
-                results.append(ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=content))
+                results.append((at, ChatMessage(role="tool", tool_call_id=block.tool_use_id, content=content)))
             case "thinking" if given.role == "assistant":
                 thoughts.append(block.thinking or "")
             case _:
@@ -121,15 +139,10 @@ def _messages(given: InputMessage, number: int) -> list[ChatMessage]:
     if given.role != "assistant":
         if not given.content:
             raise InvalidRequest(f"{where} has no blocks", param=where)
-        return [*results, *([ChatMessage(role=given.role, content=parts)] if parts else [])]
-    return [
-        ChatMessage(
-            role="assistant",
-            content=parts or None,
-            tool_calls=calls or None,
-            reasoning_content="\n".join(thoughts) or None,
-        )
-    ]
+        return [*results, *([(place, ChatMessage(role=given.role, content=parts))] if parts else [])]
+    thought = "\n".join(thoughts) or None
+    said = ChatMessage(role="assistant", content=parts or None, tool_calls=calls or None, reasoning_content=thought)
+    return [(place, said)]
 
 
 def _call(block: Block, where: str) -> ToolCall:

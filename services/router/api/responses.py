@@ -24,7 +24,8 @@ async def responses(request: Request) -> Response:
     """Continue a conversation, as one response or (`stream`) event by event. Nothing is kept."""
     front = front_of(request)
     raw = await body_of(request, _decoder)
-    chat = await start_chat(request, chat_of(raw), kind="resp")
+    asked, names = chat_of(raw)
+    chat = await start_chat(request, asked, kind="resp", names=names)
     answer_id = f"resp_{request_id_of(request, raw.request_id)}"
     return answer_of(front, chat, ResponsesRenderer(answer_id, front, raw, chat.options, chat.form))
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from elasticmoe.common.protocol.errors import InvalidRequest
+from elasticmoe.services.router.api.field_names import FieldNames
 from elasticmoe.services.router.api.options import refuse_words, unsupported
 from elasticmoe.services.router.api.responses_schemas import ChosenTool, Content, InputItem, ResponsesRequest
 from elasticmoe.services.router.api.schemas import (
@@ -27,16 +28,28 @@ from elasticmoe.services.router.api.words import RESPONSES_WORDS
 T = TypeVar("T")
 
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+_NAMES = {
+    "prompt": "input",
+    "messages": "input",
+    "continue_final_message": "input",
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "response_format.json_schema.schema": "text.format.schema",
+    "reasoning_effort": "reasoning.effort",
+}
 _NOT_KEPT = "no answer and no conversation is kept: send the conversation whole"
 
 
-def chat_of(raw: ResponsesRequest) -> ChatRequest:
-    """The chat that is asked for. Raises InvalidRequest for what this server cannot do."""
+def chat_of(raw: ResponsesRequest) -> tuple[ChatRequest, FieldNames]:
+    """The chat that is asked for, and what its fields are called here. Raises InvalidRequest for what this server
+    cannot do."""
     refuse_words(raw, RESPONSES_WORDS)
     _refuse(raw)
     choice = raw.tool_choice
-    return ChatRequest(
-        messages=[*_instructions(raw), *messages_of(raw.input)],
+    placed = [*_instructions(raw), *messages_of(raw.input)]
+    chat = ChatRequest(
+        messages=[message for _, message in placed],
         model=raw.model,
         max_completion_tokens=raw.max_output_tokens,
         temperature=raw.temperature,
@@ -53,6 +66,7 @@ def chat_of(raw: ResponsesRequest) -> ChatRequest:
         reasoning_effort=raw.reasoning.effort if raw.reasoning else None,
         request_id=raw.request_id,
     )
+    return chat, FieldNames(_NAMES, [place for place, _ in placed])
 
 
 def _refuse(raw: ResponsesRequest) -> None:
@@ -80,30 +94,31 @@ def _format(raw: ResponsesRequest) -> ResponseFormat | None:
     return ResponseFormat(given.type, JsonSchemaFormat(given.name, given.schema))
 
 
-def _instructions(raw: ResponsesRequest) -> list[ChatMessage]:
-    return [ChatMessage(role="system", content=raw.instructions)] if raw.instructions else []
+def _instructions(raw: ResponsesRequest) -> list[tuple[str, ChatMessage]]:
+    return [("instructions", ChatMessage(role="system", content=raw.instructions))] if raw.instructions else []
 
 
-def messages_of(given: str | Sequence[InputItem]) -> list[ChatMessage]:
-    """Items as messages: what an assistant thought, said and called in a row is one."""
+def messages_of(given: str | Sequence[InputItem]) -> list[tuple[str, ChatMessage]]:
+    """Items as messages, each with the place of its first item: what an assistant thought, said and called in a row is
+    one."""
     if isinstance(given, str):
-        return [ChatMessage(role="user", content=given)]
-    turns: list[_Turn | ChatMessage] = []
+        return [("input", ChatMessage(role="user", content=given))]
+    turns: list[tuple[str, _Turn | ChatMessage]] = []
     for index, item in enumerate(given):
         where = f"input[{index}]"
         if item.type == "function_call_output":
             content, call_id = _content(item.output, f"{where}.output"), _needed(item.call_id, where, "call_id")
-            turns.append(ChatMessage(role="tool", tool_call_id=call_id, content=content))
+            turns.append((where, ChatMessage(role="tool", tool_call_id=call_id, content=content)))
         elif item.type == "message" and item.role != "assistant":
             content = _content(item.content, f"{where}.content")
-            turns.append(ChatMessage(role=_needed(item.role, where, "role"), content=content))
+            turns.append((where, ChatMessage(role=_needed(item.role, where, "role"), content=content)))
         else:
-            last = turns[-1] if turns else None
+            last = turns[-1][1] if turns else None
             if not isinstance(last, _Turn) or (item.type == "message" and last.is_said):
                 last = _Turn()
-                turns.append(last)
+                turns.append((where, last))
             last.add(item, where)
-    return [turn.message() if isinstance(turn, _Turn) else turn for turn in turns]
+    return [(where, turn.message() if isinstance(turn, _Turn) else turn) for where, turn in turns]
 
 
 class _Turn:

@@ -9,6 +9,7 @@ from elasticmoe.common.http.app import json_response
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.api.conversation import conversation_of, refuse_without_messages
 from elasticmoe.services.router.api.docs import describe
+from elasticmoe.services.router.api.field_names import CHAT, PLAIN
 from elasticmoe.services.router.api.gate import client_of, front_of
 from elasticmoe.services.router.api.options import check_ids
 from elasticmoe.services.router.api.parse import body_of
@@ -32,14 +33,17 @@ async def tokenize(request: Request) -> Response:
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if raw.messages is None:
         refuse_without_messages(raw)
-    job = Tokenize(
-        text=raw.prompt or "",
-        conversation=conversation_of(raw) if raw.messages is not None else None,
-        add_special=raw.add_special_tokens is not False,
-        with_strings=bool(raw.return_token_strs),
-        context=front.dispatcher.max_model_len(),
-    )
-    return JsonPieces([await front.texts.tokenize(job, client_of(request))], front.turns)
+    names = PLAIN if raw.messages is None else CHAT
+    with names.in_errors():
+        job = Tokenize(
+            text=raw.prompt or "",
+            conversation=conversation_of(raw) if raw.messages is not None else None,
+            add_special=raw.add_special_tokens is not False,
+            with_strings=bool(raw.return_token_strs),
+            context=front.dispatcher.max_model_len(),
+        )
+        tokenized = await front.texts.tokenize(job, client_of(request))
+    return JsonPieces([tokenized], front.turns)
 
 
 @routes.post("/detokenize", **describe(DetokenizeRequest, Detokenized))

@@ -54,8 +54,8 @@ class CharBound(NamedTuple):
         if self.ignores_spaces and _num_dense(text) - sum(map(text.count, self.free)) <= most:
             return
         raise InvalidRequest(
-            f"This model's maximum context length is {context} tokens. However, your prompt has {len(text)} "
-            f"characters, and no more than {most} of them fit. Please reduce the length of the prompt.",
+            f"This model's maximum context length is {context} tokens. However, there are {len(text)} "
+            f"characters in your prompt, and no more than {most} of them fit. Please reduce the length of the prompt.",
             code="context_length_exceeded",
             param="prompt",
         )

@@ -53,7 +53,7 @@ class ServedModel:
             for token_id in ids:
                 if token_id in self._beyond:
                     raise InvalidRequest(
-                        f"the prompt has token {self._beyond[token_id]!r:.80} of id {token_id}; "
+                        f"there is token {self._beyond[token_id]!r:.80} of id {token_id} in the prompt; "
                         f"the model's embedding ends at {self.vocab - 1}",
                         code="token_without_embedding",
                         param="prompt",
