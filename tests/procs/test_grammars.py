@@ -205,6 +205,31 @@ def test_tools_that_have_to_be_called(client: openai.OpenAI, named: str | None) 
         assert [(name, arguments)] == calls
 
 
+def test_a_model_that_may_call_tools_calls_some_or_answers_in_the_form(client: openai.OpenAI) -> None:
+    kinds = set()
+    for seed in range(40):
+        asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": openai_tools(), "response_format": FORMAT}
+        asked |= {"seed": seed, "parallel_tool_calls": False, "max_tokens": 500}
+        answer = client.chat.completions.create(**asked).choices[0]
+        calls = [(call.function.name, call.function.arguments) for call in answer.message.tool_calls or ()]
+        if calls:
+            assert (answer.finish_reason, answer.message.content, len(calls)) == ("tool_calls", None, 1)
+            check_calls([(name, json.loads(arguments)) for name, arguments in calls])
+        else:
+            assert answer.finish_reason == "stop"
+            jsonschema.validate(json.loads(answer.message.content or ""), SCHEMA)
+        if bool(calls) in kinds:
+            continue
+        kinds.add(bool(calls))
+        with client.chat.completions.stream(**asked) as stream:
+            streamed: Any = stream.get_final_completion().choices[0].message
+        assert (streamed.content or None) == answer.message.content
+        assert [(call.function.name, call.function.arguments) for call in streamed.tool_calls or ()] == calls
+        if len(kinds) == 2:
+            return
+    raise AssertionError(f"forty answers, all {'calls' if True in kinds else 'in the form'}")
+
+
 def test_tools_that_have_to_be_called_by_other_interfaces(deployment: Deployment, client: openai.OpenAI) -> None:
     tools: Any = [{"type": "function", "name": name, "parameters": given} for name, given in NAMES.items()]
     one: Any = {"parallel_tool_calls": False}  # several may be cut off

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
@@ -14,10 +15,10 @@ from elasticmoe.common.grammar import GrammarError, GrammarMatcher, GrammarToken
 from elasticmoe.common.grammar_text import unpack_grammar
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.answer_parsers.forms import MARKS, NAMES, parser_of
-from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart
-from elasticmoe.services.router.api.tool_use import ToolUse, may_call
+from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Text
+from elasticmoe.services.router.answer_parsers.tools import CallsInstead
 from elasticmoe.services.router.grammar.compiler import GrammarCompiler
-from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure, Thought
+from elasticmoe.services.router.grammar.structure import Structure, Thought, WrittenCalls, WrittenTool
 
 WEATHER: dict[str, Any] = {
     "type": "object",
@@ -40,7 +41,12 @@ WEATHER: dict[str, Any] = {
         }
     },
 }
-TOOLS = [ForcedTool("weather", WEATHER), ForcedTool("now"), ForcedTool("a.b-c", {"type": "object", "properties": {}})]
+TOOLS = [
+    WrittenTool("weather", WEATHER),
+    WrittenTool("now"),
+    WrittenTool("a.b-c", {"type": "object", "properties": {}}),
+]
+NO_NUMBER = {"type": "integer", "minimum": 2, "maximum": 1}
 SCHEMAS = {"weather": WEATHER, "now": {}, "a.b-c": {}}
 PLAIN = [*(bytes([byte]) for byte in range(256)), b"</", b"</par", b'"}', b'": "']
 WORDS = [*PLAIN, *(mark.encode() for mark in sorted(MARKS))]
@@ -53,13 +59,14 @@ def tokens_of(*, has_marks: bool) -> tuple[GrammarCompiler, GrammarTokens]:
     return GrammarCompiler(special, len(words)), GrammarTokens(words, special)
 
 
-def forced(form: str, *tools: ForcedTool, is_single: bool = False) -> Structure:
-    text = msgspec.json.encode(ForcedCalls(form, list(tools), is_single)).decode()
+def forced(form: str, *tools: WrittenTool, is_single: bool = False) -> Structure:
+    text = msgspec.json.encode(WrittenCalls(form, list(tools), is_single)).decode()
     return Structure("calls", text, "tool_choice")
 
 
-def written(tokens: GrammarTokens, grammar: str, rng: random.Random) -> str:
+def written(tokens: GrammarTokens, grammar: str, rng: random.Random, after: Sequence[int] = ()) -> str:
     matcher, raw = GrammarMatcher(tokens, grammar), b""
+    matcher.consume(list(after))
     for _ in range(3_000):
         state = matcher.state()
         assert state.error is None, state.error
@@ -132,7 +139,7 @@ def test_calls_come_behind_the_thinking() -> None:
 def test_what_a_form_cannot_keep_to_is_refused(form: str, schema: Any, named: str) -> None:
     compiler, _ = tokens_of(has_marks=True)
     with pytest.raises(InvalidRequest) as caught:
-        compiler.compile(forced(form, ForcedTool("f", schema)), None)
+        compiler.compile(forced(form, WrittenTool("f", schema)), None)
     assert caught.value.code == "unsupported_schema"
     assert named in caught.value.message
 
@@ -144,11 +151,11 @@ def test_arguments_are_an_object(form: str) -> None:
     rng = random.Random(3)
     schema = {"properties": {"a": {"type": "integer", "maximum": 9, "minimum": 0}}, "additionalProperties": False}
     for _ in range(5):
-        grammar = unpack_grammar(compiler.compile(forced(form, ForcedTool("f", schema), is_single=True), None))
+        grammar = unpack_grammar(compiler.compile(forced(form, WrittenTool("f", schema), is_single=True), None))
         ((_, arguments),) = read(form, written(tokens, grammar, rng))
         assert isinstance(arguments, dict)
     with pytest.raises(InvalidRequest, match="arguments are an object") as caught:
-        compiler.compile(forced(form, ForcedTool("f", {"type": "string"})), None)
+        compiler.compile(forced(form, WrittenTool("f", {"type": "string"})), None)
     assert caught.value.code == "unsupported_schema"
 
 
@@ -166,7 +173,7 @@ def test_arguments_are_an_object(form: str) -> None:
 def test_what_is_no_schema_is_refused_as_such(form: str, wrong: dict[str, Any]) -> None:
     compiler, _ = tokens_of(has_marks=True)
     with pytest.raises(InvalidRequest) as caught:
-        compiler.compile(forced(form, ForcedTool("f", {"type": "object", **wrong})), None)
+        compiler.compile(forced(form, WrittenTool("f", {"type": "object", **wrong})), None)
     assert caught.value.code == "invalid_grammar", caught.value.message
 
 
@@ -186,7 +193,7 @@ def test_a_text_of_an_enum_that_holds_the_end_mark_is_never_chosen(form: str, en
 
     def asked(*texts: str) -> Structure:
         schema = {"properties": {"a": {"type": "string", "enum": texts}}, "required": ["a"]}
-        return forced(form, ForcedTool("f", schema), is_single=True)
+        return forced(form, WrittenTool("f", schema), is_single=True)
 
     grammar = unpack_grammar(compiler.compile(asked(f"x{end}y", "x<", near, "z\n"), None))
     told = {read(form, written(tokens, grammar, random.Random(seed)))[0][1]["a"] for seed in range(24)}
@@ -210,14 +217,14 @@ def test_a_text_of_an_enum_that_holds_the_end_mark_is_never_chosen(form: str, en
 def test_what_calls_by_key_cannot_keep_to_is_refused_by_name(form: str, given: dict[str, Any], named: str) -> None:
     compiler, _ = tokens_of(has_marks=True)
     with pytest.raises(InvalidRequest) as caught:
-        compiler.compile(forced(form, ForcedTool("f", {"type": "object", **given})), None)
+        compiler.compile(forced(form, WrittenTool("f", {"type": "object", **given})), None)
     assert caught.value.code == "unsupported_schema"
     assert named in caught.value.message
 
 
 def test_a_tool_called_function_can_be_called_in_deepseeks_form() -> None:
     compiler, tokens = tokens_of(has_marks=True)
-    tool = ForcedTool("function", {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
+    tool = WrittenTool("function", {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]})
     grammar = unpack_grammar(compiler.compile(forced("deepseek", tool, is_single=True), None))
     for seed in range(12):
         ((name, arguments),) = read("deepseek", written(tokens, grammar, random.Random(seed)))
@@ -225,16 +232,84 @@ def test_a_tool_called_function_can_be_called_in_deepseeks_form() -> None:
         assert isinstance(arguments["a"], bool)
 
 
-def test_an_answer_of_another_form_calls_nothing() -> None:
-    """A text of a form may spell a call."""
-    parser = parser_of("hermes", "")
-    assert parser is not None
-    calls, other = forced("hermes", ForcedTool("now")), Structure("json", "{}", "response_format")
-    free, bound = ToolUse(parser, SCHEMAS, False), ToolUse(parser, SCHEMAS, False, calls)
-    assert may_call(free, None) is free
-    assert may_call(bound, calls) is bound
-    assert may_call(free, other) is None
-    assert may_call(None, other) is None
+def told(form: str, pieces: list[str]) -> tuple[str, list[str]]:
+    """The text and the names of the calls, of an answer that is one or the other."""
+    kind = parser_of(form, "")
+    assert kind is not None
+    reader = CallsInstead(kind(SCHEMAS))
+    parts = [part for piece in pieces for part in reader.feed(piece)] + reader.finish()
+    text = "".join(part.text for part in parts if isinstance(part, Text))
+    return text, [part.name for part in parts if isinstance(part, CallStart)]
+
+
+@pytest.mark.parametrize("thought", [None, Thought("<think>", "</think>", True)])
+@pytest.mark.parametrize("has_marks", [False, True])
+@pytest.mark.parametrize("form", NAMES)
+def test_an_answer_has_its_form_or_is_calls(form: str, has_marks: bool, thought: Thought | None) -> None:
+    compiler, tokens = tokens_of(has_marks=has_marks)
+    calls = forced(form, *TOOLS)
+    spelled = {"enum": ["".join(MARKS), "<tool_call>", 7]}  # a text of the form may spell a call
+    asked = Structure("json", json.dumps(spelled), "response_format", calls)
+    grammar = unpack_grammar(compiler.compile(asked, thought))
+    after = [*b"So.", *([WORDS.index(b"</think>")] if has_marks else b"</think>")] if thought else []
+    kinds = set()
+    for seed in range(12):
+        text = written(tokens, grammar, random.Random(seed), after)
+        said, names = told(form, [text])
+        assert (said, names) == told(form, list(text)), "by the character"
+        assert bool(said.strip()) != bool(names), text
+        kinds.add(bool(names))
+        if not names:
+            jsonschema.validate(json.loads(said), spelled)
+        else:
+            for name, arguments in read(form, text):
+                jsonschema.validate(arguments, SCHEMAS[name] or {"maxProperties": 0 if name == "now" else 99})
+    assert kinds == {False, True}
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [
+        ("", ("", [])),
+        (" \n", (" \n", [])),
+        ("<tool", ("<tool", [])),
+        ("<toolbox>", ("<toolbox>", [])),
+        (' "<tool_call>"', (' "<tool_call>"', [])),
+        ('7 <tool_call>{"name": "now", "arguments": {}}</tool_call>', None),
+        ('\n<tool_call>{"name": "now", "arguments": {}}</tool_call>', ("", ["now"])),
+        ("<tool_call>7", ("<tool_call>7", [])),
+    ],
+)
+def test_only_what_an_answer_begins_with_is_a_call(answer: str, wanted: tuple[str, list[str]] | None) -> None:
+    for pieces in ([answer], list(answer), [answer, ""]):
+        assert told("hermes", pieces) == (wanted or (answer, []))
+
+
+@pytest.mark.parametrize(
+    ("form", "answer", "calls", "param"),
+    [
+        ("hermes", {"not": {}}, {}, "response_format"),
+        ("hermes", {}, {"not": {}}, "tool_choice"),
+        (
+            "hermes",
+            {},
+            {"properties": {"a": {"type": "integer", "minimum": 2, "maximum": 1}}, "required": ["a"]},
+            "tool_choice",
+        ),
+        ("glm", {"type": "integer", "minimum": 2, "maximum": 1}, {}, "response_format"),
+        ("glm", {}, {"properties": {"a": {"type": "word"}}}, "tool_choice"),
+        ("glm", {}, {"properties": {"<": {}}}, "tool_choice"),
+    ],
+)
+def test_of_two_the_one_that_is_refused_is_named(form: str, answer: Any, calls: Any, param: str) -> None:
+    compiler, _ = tokens_of(has_marks=True)
+    asked = Structure(
+        "json", json.dumps(answer), "response_format", forced(form, WrittenTool("f", {"type": "object", **calls}))
+    )
+    with pytest.raises(InvalidRequest) as refused:
+        compiler.compile(asked, None)
+    assert refused.value.param == param
+    assert refused.value.message.startswith(param)
 
 
 @pytest.mark.parametrize("form", NAMES)
@@ -249,7 +324,7 @@ def test_a_mark_in_an_argument_does_not_end_it(form: str) -> None:
             "additionalProperties": False,
         }
         compiler, tokens = tokens_of(has_marks=True)
-        structure = forced(form, ForcedTool("f", schema), is_single=True)
+        structure = forced(form, WrittenTool("f", schema), is_single=True)
         grammar = unpack_grammar(compiler.compile(structure, None))
         assert read(form, written(tokens, grammar, random.Random(1))) == [("f", said)]
 

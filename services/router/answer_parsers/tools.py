@@ -261,6 +261,40 @@ class ToolParser(ABC):
             note(end)
 
 
+class CallsInstead:
+    """Reads answers that are either calls from their beginning on, spaces aside, or nothing but text."""
+
+    def __init__(self, parser: ToolParser) -> None:
+        self._parser = parser
+        self._held = ""  # while it may be either
+        self._has_calls: bool | None = None
+
+    def feed(self, text: str) -> list[ToolPart]:
+        """As a parser's."""
+        held, self._held = self._held + text, ""
+        if self._has_calls is None:
+            begins = held.lstrip()
+            if begins.startswith(self._parser.markers):
+                self._has_calls = True
+            elif _partial(begins, self._parser.markers) == len(begins):
+                self._held = held
+                return []
+            else:
+                self._has_calls = False
+        if self._has_calls:
+            return self._parser.feed(held)
+        return [Text(held)] if held else []
+
+    def finish(self) -> list[ToolPart]:
+        """As a parser's."""
+        held, self._held = self._held, ""
+        return [Text(held)] if held else self._parser.finish()
+
+    def new_call_id(self) -> str:
+        """As a parser's."""
+        return self._parser.new_call_id()
+
+
 class _Quotes:
     """Whether what was read ends within a text of JSON. What does not begin as JSON has none."""
 

@@ -11,6 +11,7 @@ from elasticmoe.services.router.answer_parsers.reasoning import (
     ThinkingParser,
     UnseparatedParser,
 )
+from elasticmoe.services.router.answer_parsers.tools import CallsInstead, ToolParser
 from elasticmoe.services.router.api.tool_use import ToolUse
 from elasticmoe.services.router.api.turns import Turns
 
@@ -34,6 +35,11 @@ class AnswerForm(NamedTuple):
         return (*(self.tools.parser.specials if self.tools else ()), *(self.marks or ()))
 
 
+def _parser(tools: ToolUse) -> ToolParser | CallsInstead:
+    parser = tools.parser(tools.schemas)
+    return CallsInstead(parser) if tools.is_instead else parser
+
+
 class AnswerReader:
     """Of one choice, whose text comes in pieces."""
 
@@ -41,7 +47,7 @@ class AnswerReader:
         self._form = form
         kind: type[ThinkingParser] = ReasoningParser if form.is_separated else UnseparatedParser
         self._reasoning = kind(form.marks, is_inside=form.is_inside) if form.marks else None
-        self._tools = form.tools.parser(form.tools.schemas) if form.tools else None
+        self._tools = _parser(form.tools) if form.tools else None
         self.num_calls = 0
 
     def take(self, text: str, *, is_last: bool) -> list[AnswerPart]:

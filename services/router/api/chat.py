@@ -22,7 +22,7 @@ from elasticmoe.services.router.api.options import Options, options_of
 from elasticmoe.services.router.api.parse import body_of
 from elasticmoe.services.router.api.schemas import ChatRequest
 from elasticmoe.services.router.api.told import ChatCompletion, ChatCompletionChunk
-from elasticmoe.services.router.api.tool_use import ToolUse, may_call, tool_use, tools_of
+from elasticmoe.services.router.api.tool_use import ToolUse, tool_use, tools_of
 from elasticmoe.services.router.grammar.structure import Thought
 from elasticmoe.services.router.text.jobs import Conversation
 from elasticmoe.services.router.text.template import REASONING_FIELDS
@@ -63,13 +63,12 @@ async def _started(request: Request, raw: ChatRequest, kind: str) -> StartedChat
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
     conversation = conversation_of(raw)
-    tools = tool_use(raw, tools_of(raw), front.tool_parser)
-    if tools is not None and tools.forced is not None:  # there is no text that could have another form
-        options = options._replace(structure=tools.forced)
+    tools, structure = tool_use(raw, tools_of(raw), front.tool_parser, options.structure)
+    options = options._replace(structure=structure)
     client = client_of(request)
     with counting_refusals(front, options.num_choices):
         prompt, tail = await front.texts.encode_chat(conversation, context, client)
-        form = _form(raw, front, may_call(tools, options.structure), conversation, tail)
+        form = _form(raw, front, tools, conversation, tail)
         options = await with_grammar(front, options, _thought(front, conversation, tail), client)
     front.model.check_embedded(prompt)
     kept = front.model.special_ids(form.specials) if form else frozenset[int]()

@@ -11,19 +11,19 @@ from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.answer_parsers.tools import Schemas, ToolParser
 from elasticmoe.services.router.api.options import unsupported
 from elasticmoe.services.router.api.schemas import ChatRequest, NamedTool, TokenizeRequest, Tool
-from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure, structure
+from elasticmoe.services.router.grammar.structure import Structure, WrittenCalls, WrittenTool, structure
 
 NO_PARAMETERS = {"type": "object", "properties": {}}
 
 
 class ToolUse(NamedTuple):
-    """Of a request whose answer may have calls. `is_single`: only its first one is told. `forced`: the answer is calls
-    and nothing else."""
+    """Of a request whose answer may have calls. `is_single`: only its first one is told. `is_instead`: calls come
+    instead of a text of a form, which may spell some; an answer that begins with none has none."""
 
     parser: type[ToolParser]
     schemas: Schemas
     is_single: bool
-    forced: Structure | None = None
+    is_instead: bool = False
 
 
 def tools_of(raw: ChatRequest | TokenizeRequest) -> list[Tool]:
@@ -58,29 +58,32 @@ def _told(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": {"name": given.name, **described, "parameters": parameters}}
 
 
-def tool_use(raw: ChatRequest, tools: Sequence[Tool], parser: type[ToolParser] | None) -> ToolUse | None:
-    """None for a request without tools. Raises InvalidRequest where nobody knows how the model writes calls."""
+def tool_use(
+    raw: ChatRequest, tools: Sequence[Tool], parser: type[ToolParser] | None, asked: Structure | None
+) -> tuple[ToolUse | None, Structure | None]:
+    """How calls are read, None without tools; and what the answer has to look like, where its text is `asked` to look
+    like something. Raises InvalidRequest where nobody knows how the model writes calls."""
     if not tools:
-        return None
+        return None, asked
     if parser is None:
         raise unsupported("tools", "how the model writes calls is not known; the setting tool_call_parser says it")
     schemas = {tool.function.name: tool.function.parameters or {} for tool in tools}
     choice = raw.tool_choice
     named = choice.function.name if isinstance(choice, NamedTool) else None
     is_single = raw.parallel_tool_calls is False or named is not None
-    forced = _forced(parser.name, tools, named, is_single=is_single) if named or choice == "required" else None
-    return ToolUse(parser, schemas, is_single, forced)
+    use = ToolUse(parser, schemas, is_single)
+    if named or choice == "required":  # there is no text that could have another form
+        return use, _calls(parser.name, tools, named, is_single=is_single)
+    if asked is None:
+        return use, None
+    calls = _calls(parser.name, tools, None, is_single=is_single)
+    return use._replace(is_instead=True), msgspec.structs.replace(asked, instead=calls)
 
 
-def may_call(tools: ToolUse | None, asked: Structure | None) -> ToolUse | None:
-    """What an answer is read for: no calls where it has a structure that is not theirs, whose texts may spell one."""
-    return tools if tools is None or asked is None or asked == tools.forced else None
-
-
-def _forced(form: str, tools: Sequence[Tool], named: str | None, *, is_single: bool) -> Structure:
+def _calls(form: str, tools: Sequence[Tool], named: str | None, *, is_single: bool) -> Structure:
     """An answer of calls of these tools, or of the named one."""
     given = [tool.function for tool in tools if named in (None, tool.function.name)]
-    calls = ForcedCalls(form, [ForcedTool(one.name, one.parameters) for one in given], is_single)
+    calls = WrittenCalls(form, [WrittenTool(one.name, one.parameters) for one in given], is_single)
     return structure("calls", msgspec.json.encode(calls).decode(), "tools")
 
 

@@ -14,7 +14,7 @@ from llguidance import regex_to_lark
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.services.router.answer_parsers.keyed_calls import NAME_CHARS_MAX, QWEN_ENDS, named_types
 from elasticmoe.services.router.grammar.schema import OPTIONS, read_schema
-from elasticmoe.services.router.grammar.structure import ForcedCalls, ForcedTool, Structure
+from elasticmoe.services.router.grammar.structure import Structure, WrittenCalls, WrittenTool
 
 LarkMark = Callable[[str], str]
 """A mark of the model's as Lark has it: a special token, or its text."""
@@ -56,7 +56,7 @@ def calls_in_json(structure: Structure) -> Structure | None:
     """The same calls in a form of JSON, where theirs is none."""
     if structure.kind != "calls":
         return None
-    asked = msgspec.json.decode(structure.text, type=ForcedCalls)
+    asked = msgspec.json.decode(structure.text, type=WrittenCalls)
     if asked.form not in _KEYED:
         return None
     text = msgspec.json.encode(msgspec.structs.replace(asked, form="hermes")).decode()
@@ -65,14 +65,14 @@ def calls_in_json(structure: Structure) -> Structure | None:
 
 def lark_of_calls(structure: Structure, mark: LarkMark) -> str:
     """One call or several. Raises InvalidRequest."""
-    asked = msgspec.json.decode(structure.text, type=ForcedCalls)
+    asked = msgspec.json.decode(structure.text, type=WrittenCalls)
     return _Form(asked, structure.param, mark).lark()
 
 
 class _Form:
     """The rules of one request's calls, as they are written."""
 
-    def __init__(self, asked: ForcedCalls, param: str, mark: LarkMark) -> None:
+    def __init__(self, asked: WrittenCalls, param: str, mark: LarkMark) -> None:
         self._tools = [(tool, self._schema(tool, param)) for tool in asked.tools]
         self._is_single = asked.is_single
         self._form = asked.form
@@ -93,12 +93,16 @@ class _Form:
         return "\n".join([f"start: {start}", *self._rules]) + "\n"
 
     @staticmethod
-    def _schema(tool: ForcedTool, param: str) -> dict[str, Any]:
+    def _schema(tool: WrittenTool, param: str) -> dict[str, Any]:
         if tool.parameters is None:
             return _NOTHING
         text = msgspec.json.encode(tool.parameters).decode()
         where = f"{param}: parameters of {tool.name}"
-        schema = read_schema(text, where)
+        try:
+            schema = read_schema(text, where)
+        except InvalidRequest as error:  # the text says where in the field it is
+            error.rename(error.message, param)
+            raise
         types = schema.get("type", "object")
         if "object" not in (types if isinstance(types, list) else [types]):
             text = f"{where} have the type {json.dumps(types)[:80]}; arguments are an object"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+import msgspec
+
 from elasticmoe.common.grammar import GrammarError, GrammarMatcher, GrammarTokens
 from elasticmoe.common.grammar_text import pack_grammar
 from elasticmoe.common.protocol.errors import InvalidRequest
@@ -33,9 +35,8 @@ class GrammarCompiler:
         """The grammar's text, packed. Raises InvalidRequest with what is wrong with it."""
         param = structure.param
         try:
-            plain = calls_in_json(structure)
-            if plain is not None:  # what is no schema is told by the library, which reads all of it there
-                self._try(grammar_of(plain, None, self._mark), param)
+            for part in _tried_alone(structure):
+                self._try(grammar_of(part, None, self._mark), part.param)
             text = grammar_of(structure, thought, self._mark)
         except (InvalidRequest, MemoryError):
             raise
@@ -62,6 +63,15 @@ class GrammarCompiler:
     def _mark(self, text: str) -> str:
         token_id = self._ids.get(text)
         return literal(text) if token_id is None else f"<[{token_id}]>"
+
+
+def _tried_alone(structure: Structure) -> list[Structure]:
+    """What is tried before the whole is. Of two, each: a refusal names the one that is refused. What is no schema is
+    told by the library, which reads all of it in calls of JSON."""
+    if structure.instead is not None:
+        return [msgspec.structs.replace(structure, instead=None), *_tried_alone(structure.instead), structure.instead]
+    plain = calls_in_json(structure)
+    return [] if plain is None else [plain]
 
 
 def _refusal(error: GrammarError, param: str) -> InvalidRequest:

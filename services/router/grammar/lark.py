@@ -18,11 +18,23 @@ from elasticmoe.services.router.grammar.structure import Structure, Thought, too
 
 def grammar_of(structure: Structure, thought: Thought | None, mark: LarkMark) -> str:
     """The grammar. Raises InvalidRequest."""
+    answers = {"answer": _lark(structure, mark)}
+    if structure.instead is not None:
+        answers["instead"] = _lark(structure.instead, mark)
+    if thought is None and len(answers) == 1:
+        return FREE_SPELLING + answers["answer"]
+    begin, rules = ("", "") if thought is None else _thinking(thought, mark)
+    outer = f"{FREE_SPELLING}start: {begin}({' | '.join(f'@{name}' for name in answers)})\n{rules}"
+    named = [{"name": name, "lark_grammar": FREE_SPELLING + lark} for name, lark in answers.items()]
+    return json.dumps({"grammars": [{"lark_grammar": outer}, *named]}, ensure_ascii=False)
+
+
+def _lark(structure: Structure, mark: LarkMark) -> str:
     if structure.kind == "grammar":
-        return _with_thought(_own(structure), thought, mark)
+        return _own(structure)
     if structure.kind == "calls":
-        return _with_thought(lark_of_calls(structure, mark), thought, mark)
-    return _with_thought(f"start: {_rule(structure)}\n", thought, mark)
+        return lark_of_calls(structure, mark)
+    return f"start: {_rule(structure)}\n"
 
 
 def _rule(structure: Structure) -> str:
@@ -58,10 +70,8 @@ def _own(structure: Structure) -> str:
         raise InvalidRequest(text, code="invalid_grammar", param=structure.param) from None
 
 
-def _with_thought(lark: str, thought: Thought | None, mark: LarkMark) -> str:
-    """A grammar that has its way from the end of the thinking on."""
-    if thought is None:
-        return FREE_SPELLING + lark
+def _thinking(thought: Thought, mark: LarkMark) -> tuple[str, str]:
+    """What an answer begins with where the model thinks first, and its rules."""
     closing = mark(thought.close)
     spelled = regex_to_lark(re.escape(thought.close), "")
     if closing.startswith("<["):  # spelled with other tokens it ends the thinking for the answer's reader
@@ -69,6 +79,4 @@ def _with_thought(lark: str, thought: Thought | None, mark: LarkMark) -> str:
     else:
         inside = f"thinking[lazy]: /(?s:.*){spelled}/\n"
     begin = "thinking SPACES" if thought.is_inside else f"({mark(thought.open)} thinking SPACES)?"
-    outer = f"{FREE_SPELLING}start: {begin} @answer\n{inside}SPACES: /[ \\t\\r\\n]{{0,8}}/\n"
-    grammars = [{"lark_grammar": outer}, {"name": "answer", "lark_grammar": FREE_SPELLING + lark}]
-    return json.dumps({"grammars": grammars}, ensure_ascii=False)
+    return f"{begin} ", f"{inside}SPACES: /[ \\t\\r\\n]{{0,8}}/\n"

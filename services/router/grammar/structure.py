@@ -15,26 +15,27 @@ StructureKind = Literal["json", "regex", "choice", "grammar", "calls"]
 
 
 class Structure(msgspec.Struct, frozen=True):
-    """`text`: a JSON schema, a regular expression, a JSON list of texts, a grammar in Lark or GBNF, or ForcedCalls as
-    JSON. `param`: the request's word for it."""
+    """`text`: a JSON schema, a regular expression, a JSON list of texts, a grammar in Lark or GBNF, or WrittenCalls as
+    JSON. `param`: the request's word for it. `instead`: what the answer may be as well, as the model likes."""
 
     kind: StructureKind
     text: str
     param: str
+    instead: Structure | None = None
 
 
-class ForcedTool(msgspec.Struct, frozen=True):
+class WrittenTool(msgspec.Struct, frozen=True):
     """One that may be called. `parameters`: the JSON schema of its arguments; None: it takes none."""
 
     name: str
     parameters: dict[str, Any] | None = None
 
 
-class ForcedCalls(msgspec.Struct, frozen=True):
+class WrittenCalls(msgspec.Struct, frozen=True):
     """An answer of calls alone, in one of the forms of answer_parsers/forms.py. `is_single`: of one."""
 
     form: str
-    tools: list[ForcedTool]
+    tools: list[WrittenTool]
     is_single: bool
 
 
