@@ -3,6 +3,8 @@ a router whose ranks are scripted, a scaler that finds nothing."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,7 +17,15 @@ import pytest
 from elasticmoe.cli.models import random_checkpoint
 from tests.procs.raw_http import Listener, admin_listener, router_listener
 from tests.procs.router_fakes import WAIT_S, FakeRank
-from tests.procs.router_harness import RouterProcess, StartRouter, plain_client, running_router, serving, write_model
+from tests.procs.router_harness import (
+    ROOT,
+    RouterProcess,
+    StartRouter,
+    plain_client,
+    running_router,
+    serving,
+    write_model,
+)
 from tests.procs.scaler_harness import ScalerProcess
 from tests.procs.small_disk import mounted
 from tests.unit.specs import TINY_MIXTRAL
@@ -25,6 +35,8 @@ if TYPE_CHECKING:
     from tests.procs.deployment import Deployment
     from tests.procs.page import Page
 
+_NPM_SECONDS_MAX = 120.0
+
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
@@ -33,6 +45,22 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
     with Browser(tmp_path_factory.mktemp("browser")) as browser:
         yield browser
+
+
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the example for Node with what it needs."""
+    for program in ("node", "npm"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp("node")
+    shutil.copytree(ROOT / "examples/node", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules"))
+    npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries", "1"]
+    done = subprocess.run(npm, cwd=folder, capture_output=True, text=True, timeout=_NPM_SECONDS_MAX)
+    if done.returncode and any(code in done.stderr for code in ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT")):
+        pytest.skip(f"npm's registry is not reached: {done.stderr.strip().splitlines()[0]}")
+    assert done.returncode == 0, done.stderr
+    return folder
 
 
 @pytest.fixture

@@ -65,22 +65,6 @@ def deployment(model_folder: Callable[[str], Path], tmp_path_factory: pytest.Tem
         deployed.discard()
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the example for Node with what it needs."""
-    for program in ("node", "npm"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed")
-    folder = tmp_path_factory.mktemp("node")
-    shutil.copytree(EXAMPLES / "node", folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("node_modules"))
-    npm = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--fetch-retries", "1"]
-    done = subprocess.run(npm, cwd=folder, capture_output=True, text=True, timeout=CLIENT_SECONDS_MAX)
-    if done.returncode and any(code in done.stderr for code in ("ENOTFOUND", "ECONNREFUSED", "EAI_AGAIN", "ETIMEDOUT")):
-        pytest.skip(f"npm's registry is not reached: {done.stderr.strip().splitlines()[0]}")
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 def run(*argv: str | Path, key: str = KEY) -> subprocess.CompletedProcess[str]:
     """Run an example, whose client takes the key from where it always does."""
     return subprocess.run(

@@ -150,6 +150,17 @@ def _by_litellm(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, An
     return said, [(name, arguments) for name, arguments in calls]
 
 
+@pytest.mark.parametrize("manner", ["whole", "streamed"])
+def test_several_calls_by_the_client_for_node(rank: FakeRank, router: RouterProcess, node: Path, manner: str) -> None:
+    rank.answer = Reply(CALLS, per_step=3)
+    asked = json.dumps({"model": MODEL, "messages": HELLO, "tools": TOOLS})
+    argv = ["node", str(Path(__file__).with_name("several_calls.mjs")), router.url, asked, manner]
+    done = subprocess.run(argv, cwd=node, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    calls = [[name, json.loads(arguments)] for name, arguments in WANTED]
+    assert json.loads(done.stdout) == ["Let me see.", calls, "tool_calls"]
+
+
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("by", [_by_anthropic, _by_langchain, _by_litellm])
 def test_several_calls_that_the_model_has_chosen_by_other_clients(
