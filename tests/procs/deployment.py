@@ -128,14 +128,14 @@ class Deployment:
     def admin(self, path: str) -> Any:
         """GET a JSON document of the admin listener."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        answer = httpx.get(self.admin_url + path, headers=headers, timeout=10, trust_env=False)
+        answer = httpx.get(self.admin_url + path, headers=headers, timeout=60, trust_env=False)
         answer.raise_for_status()
         return answer.json()
 
     def admin_call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Any request to the admin listener: status and JSON."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        answer = httpx.request(method, self.admin_url + path, headers=headers, json=body, timeout=10, trust_env=False)
+        answer = httpx.request(method, self.admin_url + path, headers=headers, json=body, timeout=60, trust_env=False)
         return answer.status_code, answer.json()
 
     def scale(self, **body: Any) -> dict[str, Any]:

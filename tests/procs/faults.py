@@ -23,7 +23,7 @@ def store_client(deployment: Deployment) -> Iterator[redis.Redis]:
     """A connection to the deployment's embedded store."""
     password = (deployment.run_dir / "secrets/store.password").read_text().strip()
     url = f"unix://:{password}@{deployment.run_dir / 'sockets/store.sock'}"
-    client = redis.Redis.from_url(url, socket_timeout=10)
+    client = redis.Redis.from_url(url, socket_timeout=60)
     try:
         yield client
     finally:

@@ -100,7 +100,7 @@ class Deployment:
         """kill -9."""
         assert self.hmm is not None
         self.hmm.kill()
-        self.hmm.wait(10)
+        self.hmm.wait(60)
 
     def client(self, epoch: int = 1) -> Client[Any]:
         """A new scaler."""
@@ -160,7 +160,7 @@ class Deployment:
         """SIGTERM and wait; the exit code."""
         assert process is not None
         process.send_signal(signal.SIGTERM)
-        return process.wait(10)
+        return process.wait(60)
 
     def close(self) -> None:
         """End all."""
@@ -171,7 +171,7 @@ class Deployment:
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
-            process.wait(10)
+            process.wait(60)
         shutil.rmtree(self.run_dir)
 
 

@@ -86,7 +86,7 @@ class Stage:
         self._ended.set()
         self._server.stop()
         for thread in self._threads:
-            thread.join(10)
+            thread.join(60)
         self._listener.close()
 
     def _run(self) -> None:

@@ -381,7 +381,7 @@ def test_other_devices_than_the_kept_ones_are_refused_and_nothing_is_lost(
     deployment, first, _ = pair
     deployment.kill_hmm()
     process = deployment.spawn("elasticmoe.services.hmm", devices="host:3")
-    assert process.wait(10) == 1
+    assert process.wait(60) == 1
     assert "keeper_mismatch: the keeper holds the memory of 2 devices" in deployment.log_of(process)
     deployment.start_hmm()
     assert first.checksums().items() <= deployment.integrity(checksums=True).checksums.items()
@@ -392,7 +392,7 @@ def test_a_new_keeper_is_given_everything_again(pair: tuple[Deployment, Rank, Ra
     assert deployment.keeper is not None
     assert deployment.hmm is not None
     deployment.keeper.kill()
-    deployment.keeper.wait(10)
+    deployment.keeper.wait(60)
     deployment.start_keeper()
     hmm = deployment.hmm
     wait_until(lambda: "keeper is back" in deployment.log_of(hmm), "the keeper is used again")
@@ -437,7 +437,7 @@ def test_a_superseded_scaler_is_refused_also_after_a_restart(pair: tuple[Deploym
 def test_a_second_hmm_or_keeper_of_a_run_directory_is_refused(deployment: Deployment) -> None:
     for module, name in (("elasticmoe.services.hmm", "hmm"), ("elasticmoe.services.hmm.keeper", "keeper")):
         process = deployment.spawn(module)
-        assert process.wait(10) == 1
+        assert process.wait(60) == 1
         text = f"elasticmoe-{name}: already_running: socket {name}.sock is in use by another process\n"
         assert deployment.log_of(process) == text
     assert deployment.status().phase == "empty"
@@ -447,7 +447,7 @@ def test_a_second_hmm_or_keeper_of_a_run_directory_is_refused(deployment: Deploy
 def test_a_bad_configuration_stops_the_start_with_one_line(deployment: Deployment, setting: str, value: str) -> None:
     deployment.kill_hmm()
     process = deployment.spawn("elasticmoe.services.hmm", **{setting: value})
-    assert process.wait(10) == 1
+    assert process.wait(60) == 1
     lines = deployment.log_of(process).splitlines()
     assert len(lines) == 1
     assert lines[0].startswith(("elasticmoe-hmm: bad_config: ", "elasticmoe-hmm: keeper_mismatch: "))

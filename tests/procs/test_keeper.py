@@ -156,7 +156,7 @@ def test_late_answers_of_a_keeper_are_taken_when_they_come(keeper: Deployment) -
     wait_until(heard, "both answers")
     assert parking.is_connected
     keeper.keeper.kill()
-    keeper.keeper.wait(10)
+    keeper.keeper.wait(60)
 
     def is_lost() -> bool:
         parking.hear()

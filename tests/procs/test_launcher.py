@@ -199,7 +199,7 @@ def test_ports_stay_ours_while_a_process_restarts_and_nobody_is_refused(start: S
         pid = run.pid(name)
         os.kill(pid, signal.SIGSTOP)  # it answers nobody, and still has a copy of the socket
         wait_until(lambda pid=pid: ") T " in Path(f"/proc/{pid}/stat").read_text(), "it has stopped")
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as early:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as early:
             early.sendall(b"GET /ready HTTP/1.0\r\n\r\n")
             os.kill(pid, signal.SIGKILL)
             while (name, pid) in (found := run.pids()) or name not in dict(found):
@@ -468,7 +468,7 @@ def external_store(tmp_path: Path) -> Iterator[str]:
     wait_until(lambda: _connects(port), "the server listens")
     yield f"redis://127.0.0.1:{port}/0"
     server.terminate()
-    server.wait(10)
+    server.wait(60)
 
 
 def _connects(port: int) -> bool:

@@ -279,7 +279,7 @@ for port in asked["ports"]:
 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 for url in asked["urls"]:
     try:
-        found["answered"][url] = opener.open(url, timeout=10).status
+        found["answered"][url] = opener.open(url, timeout=60).status
     except urllib.error.HTTPError as error:
         found["answered"][url] = error.code
 for pid in asked["pids"]:
@@ -344,7 +344,7 @@ def test_the_token_goes_to_no_listener_of_another_user(
         for command in (("scale", "--replicas", "1"), ("events",), ("rebalance",)):
             assert main([*command, "--run-dir", str(deployment.run_dir)]) == 1
             assert f"unsafe_run_dir: uid {OTHER} listens on {path}" in capsys.readouterr().err
-        assert listening.communicate(timeout=10)[0] == b"b''\n"
+        assert listening.communicate(timeout=60)[0] == b"b''\n"
     path.unlink()
     path.with_suffix(".kept").rename(path)
     deployment.kill("scaler", signal.SIGCONT)

@@ -35,7 +35,7 @@ VOCAB = 256
 
 def held(deployment: Deployment) -> tuple[int, int, int]:
     """What requests hold: permits of the router, requests of the ranks, KV blocks that are not free."""
-    load = httpx.get(deployment.base_url + "/load", timeout=10, trust_env=False).json()
+    load = httpx.get(deployment.base_url + "/load", timeout=60, trust_env=False).json()
     ranks = [ask(deployment, f"rank-{name}", GetRankLoad()) for name in deployment.rank_pids()]
     loads = [rank for rank in ranks if isinstance(rank, RankLoad)]
     permits = load["server_load"]

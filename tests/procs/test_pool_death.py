@@ -274,5 +274,5 @@ def test_no_rank_outlives_a_killed_launcher(site: Site, order: str) -> None:
             assert set(site.ranks()) == {0, 1}
         else:
             os.kill(pids[victim](), signal.SIGKILL)
-    site.run.process.wait(10)
+    site.run.process.wait(60)
     site.wait_gone()

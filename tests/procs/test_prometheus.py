@@ -98,7 +98,7 @@ def test_prometheus_scrapes_both_listeners_and_evaluates_every_rule(
     def ask(path: str, **parameters: str) -> Any:
         try:
             url = f"http://127.0.0.1:{port}/api/v1/{path}"
-            return httpx.get(url, params=parameters, timeout=10, trust_env=False).json()["data"]
+            return httpx.get(url, params=parameters, timeout=60, trust_env=False).json()["data"]
         except (httpx.HTTPError, json.JSONDecodeError, KeyError):
             assert process.poll() is None, (tmp_path / "log").read_text()
             return None

@@ -373,7 +373,7 @@ async def test_a_scaler_that_slept_past_its_lease_is_fenced(
 
             def told(path: str) -> Any:
                 url = f"http://127.0.0.1:{port}/v1/{path}"
-                answer = httpx.get(url, headers=headers, timeout=10, trust_env=False)
+                answer = httpx.get(url, headers=headers, timeout=60, trust_env=False)
                 return answer.json() if answer.status_code == 200 else {}
 
             def is_done() -> bool:

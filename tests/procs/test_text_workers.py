@@ -69,7 +69,7 @@ async def running(directory: Path) -> AsyncIterator[tuple[Texts, TextWorkers]]:
     finally:
         keeper.cancel()
         await asyncio.gather(keeper, return_exceptions=True)
-        psutil.wait_procs(seen, timeout=10.0)
+        psutil.wait_procs(seen, timeout=60)
         assert [process for process in seen if process.is_running()] == []
 
 

@@ -77,7 +77,7 @@ def test_no_process_outlives_a_killed_launcher(deploy: Deploy) -> None:
     before = processes_of(deployment.run_dir)
     assert len(before) >= len(deployment.pids) + 3  # the launcher, and the two ranks
     deployment.launcher.kill()
-    deployment.launcher.wait(10)
+    deployment.launcher.wait(60)
     wait_until(lambda: not processes_of(deployment.run_dir), "no orphan", timeout_s=5.0)
 
 

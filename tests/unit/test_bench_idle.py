@@ -29,6 +29,8 @@ def processes() -> Iterator[dict[int, str]]:
     for process in started.values():
         assert process.stdout is not None
         process.stdout.readline()
+    sleeper = Path(f"/proc/{started['sleeper'].pid}/stat")
+    wait_until(lambda: ") S " in sleeper.read_text(), "the sleeper sleeps")
     yield {process.pid: name for name, process in started.items()}
     for process in started.values():
         process.kill()

@@ -11,9 +11,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,7 +25,7 @@ import pytest
 
 from elasticmoe.cli.arguments import WrongUsage
 from elasticmoe.cli.bench import serve
-from elasticmoe.cli.bench.peers import llama_cpp, llama_cpp_convert, openvino, vllm
+from elasticmoe.cli.bench.peers import interference, llama_cpp, llama_cpp_convert, openvino, vllm
 from elasticmoe.cli.bench.peers.compare import (
     PREFILL,
     PREFILL_TOKENS,
@@ -43,13 +45,13 @@ from elasticmoe.cli.bench.peers.environment import Environment, last_line, own_v
 from elasticmoe.cli.bench.peers.installation import converted, made
 from elasticmoe.cli.bench.peers.interference import Interference, Meter
 from elasticmoe.cli.bench.peers.openvino_server import server as peer_server
-from elasticmoe.cli.bench.peers.server import PeerServer, free_port
+from elasticmoe.cli.bench.peers.server import PeerServer
 from elasticmoe.cli.bench.steady import Figures
 from elasticmoe.cli.load.client import run_clients
 from elasticmoe.cli.load.endpoint import Shape, endpoint_of
 from elasticmoe.cli.load.sample import Sample
 from elasticmoe.cli.load.stream import complete
-from tests.procs.waiting import wait_until
+from tests.procs.waiting import free_port, wait_until
 from tests.unit.toy_peer import ToyPipeline, batcher_of
 
 PLAN = Plan((1, 3), prompt_tokens=16, output_tokens=5, requests_per_client=2, rounds=2)
@@ -123,9 +125,19 @@ def test_a_program_of_an_environment_sees_none_of_ours(monkeypatch: pytest.Monke
 
 
 def test_a_command_that_takes_too_long_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("elasticmoe.cli.bench.peers.environment.INSTALL_S_MAX", 2.0)
+    class ToldFirst(subprocess.Popen[bytes]):
+        """Its time begins when it has told of the process that is to be ended with it."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None:
+                log = tmp_path / "install.log"
+                wait_until(lambda: len(log.read_text().splitlines()) > 1, "it has told", 60.0)
+            return super().wait(timeout)
+
+    monkeypatch.setattr("elasticmoe.cli.bench.peers.environment.subprocess.Popen", ToldFirst)
+    monkeypatch.setattr("elasticmoe.cli.bench.peers.environment.INSTALL_S_MAX", 0.2)
     code = "import subprocess, sys; print(p := subprocess.Popen(['sleep', '600']), p.pid, flush=True); p.wait()"
-    with pytest.raises(ValueError, match=rf"{sys.executable}: took over 2 s; see {tmp_path}/install.log"):
+    with pytest.raises(ValueError, match=rf"{sys.executable}: took over 0.2 s; see {tmp_path}/install.log"):
         Environment(tmp_path).run(sys.executable, "-c", code)
     left = int((tmp_path / "install.log").read_text().split()[-1])
     stat = Path(f"/proc/{left}/stat")
@@ -206,8 +218,8 @@ def test_streams_come_whole_and_together(toy: tuple[str, ToyPipeline]) -> None:
     pipeline.together = 2  # else the first could be over before the second one comes
     samples = asyncio.run(run_clients(url, Shape("model", 16, 20), 2, 2, seed=3))
     assert ([sample.tokens for sample in samples], pipeline.most > 1) == ([20, 20], True)
-    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "model"
-    assert [httpx.get(f"{url}{path}").status_code for path in ("/health", "/nothing")] == [200, 404]
+    assert httpx.get(f"{url}/v1/models", timeout=60).json()["data"][0]["id"] == "model"
+    assert [httpx.get(f"{url}{path}", timeout=60).status_code for path in ("/health", "/nothing")] == [200, 404]
 
 
 def test_what_fails_is_told_to_its_clients_and_the_next_are_served(toy: tuple[str, ToyPipeline]) -> None:
@@ -222,7 +234,7 @@ def test_what_fails_is_told_to_its_clients_and_the_next_are_served(toy: tuple[st
         assert ask(first, 20).error == "engine_failed"
         assert (ask(20).error, ask(20).tokens) == ("", 3)
     for body in (b"", b"{}", b'{"prompt": "text", "max_tokens": 1}', b'{"prompt": [], "max_tokens": 1}', b"[]"):
-        answer = httpx.post(f"{url}/v1/completions", content=body)
+        answer = httpx.post(f"{url}/v1/completions", content=body, timeout=60)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request"), body
 
 
@@ -238,6 +250,13 @@ def toy_contestant(title: str, seen: list[str] | None = None) -> Contestant:
         return Launch(argv, {"MARK": title}), dict(os.environ) | {"PYTHONPATH": str(ROOT)}
 
     return Contestant(title, False, launch)
+
+
+@pytest.fixture(autouse=True)
+def on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other test takes the port that a server is given, and a server may stand still."""
+    monkeypatch.setattr("elasticmoe.cli.bench.peers.compare.free_port", free_port)
+    monkeypatch.setattr("elasticmoe.cli.bench.peers.server._ANSWER_S", 60.0)
 
 
 @contextmanager
@@ -266,7 +285,7 @@ def test_a_server_is_measured_and_leaves_no_process(tmp_path: Path) -> None:
 def test_a_server_that_ends_or_refuses_is_told_with_its_last_words(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "import sys; print('loading'); print('no such instruction', file=sys.stderr); sys.exit(7)"
+    words = "import sys; print('loading', flush=True); print('no such instruction', file=sys.stderr); sys.exit(7)"
     with started(tmp_path, Launch((sys.executable, "-c", words)), free_port()) as server:
         with pytest.raises(ValueError, match=r"Toy 1: it ended: no such instruction \(see .*output\)"):
             server.first_token(16)
@@ -351,7 +370,7 @@ def test_processes_whose_parents_have_gone_are_ended_too(tmp_path: Path) -> None
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 
-def test_processes_of_others_are_told_from_those_that_are_measured() -> None:
+def test_processes_of_others_are_told_from_those_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import time\ninput()\nwhile time.process_time() < 0.6: pass\nprint('done', flush=True)\ninput()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as spinning:
         assert spinning.stdin is not None
@@ -360,6 +379,9 @@ def test_processes_of_others_are_told_from_those_that_are_measured() -> None:
         spinning.stdin.write(b"\n")
         spinning.stdin.flush()
         assert spinning.stdout.readline() == b"done\n"
+        busy, now = interference._machine(), time.monotonic()
+        monkeypatch.setattr(interference, "_machine", lambda: busy)  # both look at the same time
+        monkeypatch.setattr(interference, "time", SimpleNamespace(monotonic=lambda: now))
         others, own = as_others.read(), as_own.read()
         spinning.stdin.write(b"\n")
     assert others.others_cores > own.others_cores

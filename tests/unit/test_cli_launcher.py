@@ -95,7 +95,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
     for launcher in stage.launchers:
         for child in launcher._children.values():
             child.kill()
-            child.wait(10)
+            child.wait(60)
             child.reap()
 
 
@@ -144,6 +144,7 @@ while [ ! -e go ]; do sleep 0.01; done
 """
 WAITS = """
 trap '' TERM
+echo > deaf
 while [ ! -e asked ]; do sleep 0.01; done
 touch go
 """
@@ -155,7 +156,8 @@ def test_who_is_needed_no_more_is_asked_to_end_before_its_turn_and_once(stage: S
     between = ChildSpec("between", ("/bin/sh", "-c", WAITS))  # its turn is before that of the one that is ahead
 
     def stop(launcher: Launcher) -> None:
-        wait_until((stage.folder / "up").exists, "it listens")
+        for each in ("up", "deaf"):  # both have said what a signal does
+            wait_until((stage.folder / each).exists, f"{each} is there")
         launcher.stop()
         assert launcher.num_unclean == 0
 

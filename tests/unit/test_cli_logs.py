@@ -60,7 +60,7 @@ def test_the_last_line_is_found_after_a_rotation(tmp_path: Path) -> None:
     child = Child(
         ChildSpec("x", ("/bin/sh", "-c", "echo first; read line; echo second")), os.environ, tmp_path, log, {}
     )
-    child.wait(10)
+    child.wait(60)
     assert child.last_line() == "second"
     Logs(tmp_path, 100).look()
     assert child.last_line() == ""

@@ -65,7 +65,7 @@ def test_two_at_once_make_one(home: Path, console: PlainConsole, monkeypatch: py
     def make(name: str, directory: Path, progress: object) -> None:
         made.append(name)
         inside.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         make_folder(directory)
 
     monkeypatch.setattr(resolve, "make_elsewhere", make)
@@ -76,12 +76,12 @@ def test_two_at_once_make_one(home: Path, console: PlainConsole, monkeypatch: py
         for file in (io.StringIO(), second_output)  # type: ignore[list-item]
     ]
     threads[0].start()
-    assert inside.wait(10)
+    assert inside.wait(60)
     threads[1].start()
-    assert waiting.wait(10)
+    assert waiting.wait(60)
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive()
     assert made == ["oracle"]
 

@@ -49,7 +49,7 @@ class File:
 @pytest.fixture
 def files(tmp_path: Path) -> Iterator[list[Any]]:
     files = [File(tmp_path / str(number)) for number in range(2)]
-    if files[0].cached():
+    if any(file.cached() for file in files):
         pytest.skip("files of this folder do not leave the page cache")
     yield files
     for file in files:

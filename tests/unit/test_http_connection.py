@@ -78,7 +78,7 @@ class Serving:
             await client.close()
         self.app.release.set()
         self.server.stop()
-        await asyncio.wait_for(self.task, 10)
+        await asyncio.wait_for(self.task, 60)
 
     async def connect(self, said: bytes = b"") -> Client:
         reader, writer = await asyncio.open_connection(*self.address)
@@ -94,7 +94,7 @@ class Serving:
 
     async def settle(self, count: int) -> None:
         """Until there are `count` connections."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while self.num_connections != count:
                 await asyncio.sleep(0.005)
 
@@ -116,7 +116,7 @@ class Client:
 
     async def line(self) -> bytes:
         """The first line of an answer, whose rest is read too."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             head = await self._reader.readuntil(b"\r\n\r\n")
             if b"chunked" in head:
                 await self._reader.readuntil(b"0\r\n\r\n")
@@ -124,7 +124,7 @@ class Client:
 
     async def rest(self) -> bytes:
         """What comes until the server ends the connection, which it must do without a reset."""
-        return await asyncio.wait_for(self._reader.read(), 5)
+        return await asyncio.wait_for(self._reader.read(), 60)
 
     async def refusal(self) -> tuple[bytes, str]:
         """The refusal's first line and its code; the connection ends with it."""
@@ -176,7 +176,7 @@ async def test_who_does_not_finish_a_head_is_told(serving: Serving, said: bytes)
 async def test_a_head_that_trickles_in_has_one_deadline(serving: Serving) -> None:
     client = await serving.connect()
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             for byte in NOW[:-1] * 100:
                 await client.say(bytes([byte]))
                 await asyncio.sleep(0.02)
@@ -205,7 +205,7 @@ async def test_who_reads_slowly_gets_the_whole_last_answer(serving: Serving, mon
         slow.sendall(b"GET /4000000 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
         slow.setblocking(False)
         heard, loop = 0, asyncio.get_running_loop()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             while chunk := await loop.sock_recv(slow, 65_536):
                 heard += len(chunk)
                 await asyncio.sleep(0.01)  # longer than LINGER_SECONDS altogether
@@ -215,11 +215,11 @@ async def test_who_reads_slowly_gets_the_whole_last_answer(serving: Serving, mon
 async def test_idle_connections_end_after_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         serving = Serving(sock, keep_alive_s=0.2)
+        before = asyncio.get_running_loop().time()
         client = await serving.connect(NOW)
         assert await client.line() == b"HTTP/1.1 200 OK"
-        before = asyncio.get_running_loop().time()
         assert await client.rest() == b""
-        assert asyncio.get_running_loop().time() - before >= 0.19
+        assert asyncio.get_running_loop().time() - before >= 0.2
         await serving.stop()
 
 
@@ -251,7 +251,10 @@ async def test_a_client_that_hears_the_end_and_stays_is_not_waited_for(serving: 
     await serving.settle(0)  # though the client has not closed
 
 
-async def test_a_client_that_has_closed_its_side_gets_what_it_asked_to_read(serving: Serving) -> None:
+async def test_a_client_that_has_closed_its_side_gets_what_it_asked_to_read(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HALF_CLOSED_SECONDS", 60.0)
     for said in (NOW, PROBE * 3, b"HEAD /0 HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /held HTTP/1.0\r\n\r\n"):
         client = await serving.connect(said)
         client.end()
@@ -281,7 +284,7 @@ async def test_every_request_hears_that_its_client_left(serving: Serving) -> Non
     client = await serving.connect(HELD + NOW * 5)
     await serving.settle(1)
     await client.close()
-    assert await asyncio.wait_for(serving.app.left.get(), 5) == "/held"
+    assert await asyncio.wait_for(serving.app.left.get(), 60) == "/held"
 
 
 async def test_a_stop_lets_running_requests_end_and_nothing_else(serving: Serving) -> None:
@@ -293,7 +296,7 @@ async def test_a_stop_lets_running_requests_end_and_nothing_else(serving: Servin
     serving.app.release.set()
     answer = await held.rest()
     assert answer.count(b"HTTP/1.1 200 OK") == 1
-    await asyncio.wait_for(serving.task, 10)
+    await asyncio.wait_for(serving.task, 60)
 
 
 # ---- places ----------------------------------------------------------------------------------------------------------

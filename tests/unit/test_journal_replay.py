@@ -28,6 +28,7 @@ from elasticmoe.services.scaler.operation import prepare
 from elasticmoe.services.scaler.operation.operation import Operation, cancel
 from elasticmoe.services.scaler.operation.steps import enter
 from elasticmoe.services.scaler.planning.plan import Rates, Target
+from elasticmoe.services.scaler.store import journal
 from elasticmoe.services.scaler.store.journal import Journal
 from tests.clocks import PlayedClock
 from tests.procs.waiting import wait_until
@@ -39,6 +40,13 @@ A = Writer("a", 1)
 HANDLES = dict.fromkeys(DEVICES, 4)
 SIZES = Sizes(10, (5,), (8,))
 MEMORY = MemoryForecast(dict.fromkeys(DEVICES, 1_000), 200, 7, 16, 2, HANDLES, 4)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that stands still for some seconds, on a busy machine, loses nothing here."""
+    monkeypatch.setattr(elasticmoe.common.store, "CALL_SECONDS_MAX", 60.0)
+    monkeypatch.setattr(journal, "CLOSE_S_MAX", 60.0)
 
 
 class Run:

@@ -48,12 +48,12 @@ async def server(*answers: bytes) -> AsyncIterator[str]:
     finally:
         running.close()
         await running.wait_closed()
-        async with asyncio.timeout(10):  # no connection outlives the loop
+        async with asyncio.timeout(60):  # no connection outlives the loop
             await asyncio.gather(*handlers)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -174,7 +174,7 @@ async def answered(*parts: bytes, silence_s: float | None = 10.0, is_left_open: 
     running = await asyncio.start_server(handle, "127.0.0.1", 0)
     endpoint = endpoint_of(f"http://127.0.0.1:{running.sockets[0].getsockname()[1]}")
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await complete(
                 endpoint,
                 endpoint.request(SHAPE, [1, 2]),
@@ -184,7 +184,7 @@ async def answered(*parts: bytes, silence_s: float | None = 10.0, is_left_open: 
             )
     finally:
         is_read.set()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await is_gone.wait()
         running.close()
         await running.wait_closed()
@@ -278,7 +278,7 @@ async def test_a_cancelled_request_lets_its_connection_go() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await gone.wait()
     assert sample.error is None
     running.close()

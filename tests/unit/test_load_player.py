@@ -55,7 +55,7 @@ async def server(answer: Callable[[int], bytes | None]) -> AsyncIterator[str]:
     finally:
         running.close()
         await running.wait_closed()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await asyncio.gather(*handlers)
 
 
@@ -113,7 +113,7 @@ async def test_a_server_that_never_answers_does_not_hold_up_the_schedule() -> No
     async with server(lambda _: None) as url:
         told = Told(url)
         task = asyncio.create_task(told.play(every(0.01, 20)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while told.player.num_running < 20:
                 await asyncio.sleep(0.005)
         assert told.results == []
@@ -127,7 +127,7 @@ async def test_arrivals_beyond_the_connections_are_told_as_not_sent() -> None:
     async with server(lambda _: None) as url:
         told = Told(url, connections_max=3)
         task = asyncio.create_task(told.play(every(0.01, 10)))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(told.results) < 7:
                 await asyncio.sleep(0.005)
         told.player.stop()
@@ -162,7 +162,7 @@ async def test_stop_sends_nothing_more() -> None:
     async with server(lambda _: GOOD) as url:
         told = Told(url)
         task = asyncio.create_task(told.play([*every(0.0, 2), Arrival(3600.0, 8, 2)]))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while len(told.results) < 2:
                 await asyncio.sleep(0.005)
         told.player.stop()
@@ -185,7 +185,7 @@ async def test_one_that_is_stopped_before_it_began_is_told_too() -> None:
         return task
 
     told.player._spawn = spawn_and_stop  # type: ignore[method-assign]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await told.player.play(arrivals())
     assert [(result.number, result.outcome, result.sent_s) for result in told.results] == [(0, "interrupted", None)]
 

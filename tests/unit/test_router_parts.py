@@ -159,13 +159,13 @@ async def test_a_send_does_not_hide_an_incoming_message(tmp_path: Path) -> None:
             receiving = [asyncio.create_task(client.receive())]
             await asyncio.sleep(0)
             client.send(Cancel(f"{turn}"))
-            answered.acquire(timeout=10)  # holds the event loop up: the answer now lies at the socket
+            answered.acquire(timeout=60)  # holds the event loop up: the answer now lies at the socket
             deadline = time.monotonic() + 0.002
             while time.monotonic() < deadline:
                 pass  # a send looks at its mailbox again only after a while
             client.send(Cancel("again"))
             await asyncio.wait_for(receiving[0], 5.0)
-            answered.acquire(timeout=10)
+            answered.acquire(timeout=60)
             await asyncio.wait_for(client.receive(), 5.0)
     finally:
         client.close()

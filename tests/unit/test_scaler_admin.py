@@ -467,7 +467,7 @@ async def test_the_stream_has_ids_and_kinds(listener: Listener) -> None:
     listener.events.publish(event("second"))
     await asyncio.sleep(0.05)
     listener.events.close()
-    answer = await asyncio.wait_for(task, 10)
+    answer = await asyncio.wait_for(task, 60)
     assert answer.headers["content-type"].startswith("text/event-stream")
     blocks = answer.text.strip().split("\n\n")
     assert blocks[0] == ": events"

@@ -98,7 +98,7 @@ class FakeStore:
 
     def wait(self, condition: Callable[[], bool]) -> None:
         with self.changed:
-            assert self.changed.wait_for(condition, 10)
+            assert self.changed.wait_for(condition, 60)
 
 
 class FakePeers:
@@ -391,7 +391,7 @@ def test_nothing_is_written_or_dropped_before_the_lease_is_there(
         assert not woken.wait(0.1)
         assert (store.events, store.operation) == ([], operation_of(DOWN))
         journal.act_under(1)
-        assert woken.wait(10)
+        assert woken.wait(60)
         assert store.operation == operation_of(UP)
     finally:
         journal.close()
@@ -401,7 +401,7 @@ def test_a_journal_that_is_fenced_says_so(make: Callable[[World], Scene]) -> Non
     scene = make(World(UP.before))
     scene.store.failure = Fenced("another scaler holds the lease")
     scene.journal.put(operation_of(UP))
-    assert scene.fenced.wait(10)
+    assert scene.fenced.wait(60)
 
 
 @pytest.mark.parametrize("is_fenced", [False, True])

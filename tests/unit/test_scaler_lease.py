@@ -104,7 +104,7 @@ def test_one_of_many_claims_an_epoch(tmp_path: Path) -> None:
     start, won, lost = threading.Barrier(len(fences)), [], []
 
     def claim(fence: Fence, name: str) -> None:
-        start.wait(10)
+        start.wait(60)
         for epoch in range(1, 6):
             try:
                 fence.claim(epoch, name)

@@ -106,7 +106,7 @@ def test_the_launcher_logs_in_json_and_tells_its_childrens_last_words(
     assert [line["message"] for line in lines] == ["loading: 1 B of 4 B", "a line"]
     words = json.dumps({"level": "error", "message": "port 1 is in use", "code": "port_in_use"})
     child = Child(ChildSpec("child", ("/bin/echo", words)), os.environ, tmp_path, tmp_path / "x.log", {})
-    assert child.wait(10)
+    assert child.wait(60)
     assert child.reap() == 0
     assert child.last_line() == "port_in_use: port 1 is in use"
 
