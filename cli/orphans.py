@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-LINGER_S = 0.5  # one that has ended stays for a moment: its pool reads how it ended from /proc
+LINGER_S = 5.0  # one that has ended stays for so long at least: its pool reads how it ended from /proc
 _TURN_S = 0.02
 _KILL_S_MAX = 10.0
 
@@ -24,22 +24,28 @@ class Orphans:
     def __init__(self, own: Callable[[], Collection[int]]) -> None:
         self._own = own
         self.reap_at: float | None = None
+        self._ended: set[int] = set()  # seen at the last `reap`
 
     def note_end(self) -> None:
         """Some child has ended: `reap` is due after LINGER_S. Only records, for a signal handler."""
-        self.reap_at = time.monotonic() + LINGER_S
+        self.reap_at = self.reap_at or time.monotonic() + LINGER_S
 
     def reap(self) -> None:
-        """Let go of those that have ended. Does not block."""
-        self.reap_at = None
-        for pid, state in self._found():
-            if state == "Z":
-                os.waitpid(pid, os.WNOHANG)
+        """Let go of those that had ended at the last call, LINGER_S ago or more. Does not block."""
+        self._reap(self._ended)
 
     def living(self) -> set[int]:
         """Process ids. Those that have ended are let go of."""
-        self.reap()
+        self._reap(None)
         return {pid for pid, _ in self._found()}
+
+    def _reap(self, due: set[int] | None) -> None:
+        """Of those that have ended, the ones that are `due`; None: all."""
+        ended = {pid for pid, state in self._found() if state == "Z"}
+        self._ended = set() if due is None else ended - due
+        for pid in ended - self._ended:
+            os.waitpid(pid, os.WNOHANG)
+        self.reap_at = time.monotonic() + LINGER_S if self._ended else None
 
     def end(self, grace_s: float, is_cut_short: Callable[[], bool]) -> int:
         """SIGTERM to all, SIGKILL after `grace_s` or when it is cut short, until none is left, also of those that they

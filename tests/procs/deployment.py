@@ -27,6 +27,8 @@ from tests.shared_memory import shared_memory
 ROOT = Path(__file__).parent.parent.parent
 READY_SECONDS_MAX = 120.0
 STOP_SECONDS_MAX = 60.0
+STALL_S = 20.0  # a busy machine may let a rank stand still for seconds: it is to be replaced only in tests of that
+ADMIN_SECONDS_MAX = 60.0
 HARDWARE = "TESTS_ON_HARDWARE"  # what computes where deployments of the tests have a GPU that is there, else not set
 _LOG_TAIL_LINES = 30
 
@@ -35,7 +37,8 @@ class Deployment:
     """One deployment. Owns its launcher and its run directory until `stop` or `discard`.
 
     `settings` are fields of common.config by name (`kv_bytes=1 << 20`); `flags` are further flags of `up`. The history
-    is on. The launcher is a child of the test, in the foreground, so that its end is seen at once. `folder`: of a
+    is on, and a rank may stand still for STALL_S.
+    The launcher is a child of the test, in the foreground, so that its end is seen at once. `folder`: of a
     deployment that was cut off, to go on in its run directory; else one of its own. `program`: another version's
     `elasticmoe`.
     """
@@ -59,7 +62,7 @@ class Deployment:
         self.report: Report | None = None
         self._shared_memory = shared_memory()
         fixed = {"history": "true", "replicas": replicas, "devices": _named(devices or replicas), "dtype": dtype}
-        fixed |= {"kv_bytes": 16 << 20, "device_bytes": 512 << 20}
+        fixed |= {"kv_bytes": 16 << 20, "device_bytes": 512 << 20, "rank_stall_s": STALL_S}
         if HARDWARE in os.environ:
             fixed["compute"] = os.environ[HARDWARE]
         if "STANDIN_KIND" in os.environ or HARDWARE in os.environ:
@@ -126,16 +129,24 @@ class Deployment:
         return {process.name: process.pid for process in self.record.processes}
 
     def admin(self, path: str) -> Any:
-        """GET a JSON document of the admin listener."""
+        """GET a JSON document of the admin listener. One that has not heard whom it asks (an HMM that stands still) is
+        asked again, as its Retry-After says."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        answer = httpx.get(self.admin_url + path, headers=headers, timeout=60, trust_env=False)
-        answer.raise_for_status()
+
+        def answered() -> httpx.Response | None:
+            answer = httpx.get(self.admin_url + path, headers=headers, timeout=ADMIN_SECONDS_MAX, trust_env=False)
+            return None if answer.status_code == 503 else answer.raise_for_status()
+
+        answer = wait_until(answered, f"an answer to GET {path}", ADMIN_SECONDS_MAX)
+        assert answer is not None
         return answer.json()
 
     def admin_call(self, method: str, path: str, body: Any = None) -> tuple[int, Any]:
         """Any request to the admin listener: status and JSON."""
         headers = {"Authorization": f"Bearer {self.token}"}
-        answer = httpx.request(method, self.admin_url + path, headers=headers, json=body, timeout=60, trust_env=False)
+        answer = httpx.request(
+            method, self.admin_url + path, headers=headers, json=body, timeout=ADMIN_SECONDS_MAX, trust_env=False
+        )
         return answer.status_code, answer.json()
 
     def scale(self, **body: Any) -> dict[str, Any]:
@@ -153,7 +164,7 @@ class Deployment:
             assert status == 202, f"{body}: {status} {answer}"
             return str(answer["op_id"])
 
-        return str(wait_until(accepted, f"the order {body} to be accepted", timeout_s=30.0))
+        return str(wait_until(accepted, f"the order {body} to be accepted", ADMIN_SECONDS_MAX))
 
     def wait_operation(self, op_id: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """Wait until an operation has ended; as /v1/operations shows it."""
@@ -173,13 +184,18 @@ class Deployment:
         return operation
 
     def rank_pids(self) -> dict[str, int]:
-        """Process ids of the ranks that are ready, by name (`r0t0`)."""
-        ranks = self.admin("/v1/layout")["ranks"]
-        return {f"r{rank['replica']}t{rank['tp']}": rank["pid"] for rank in ranks if rank["ready"]}
+        """Process ids of the ranks that are ready, by name (`r0t0`). Waits until some is: a scaler that has not heard
+        the pool for a while knows of none."""
+
+        def found() -> dict[str, int]:
+            ranks = self.admin("/v1/layout")["ranks"]
+            return {f"r{rank['replica']}t{rank['tp']}": rank["pid"] for rank in ranks if rank["ready"]}
+
+        return wait_until(found, "a rank that is ready", ADMIN_SECONDS_MAX)
 
     def metric(self, name: str) -> float:
         """The sum of a metric of the router over its labels."""
-        text = httpx.get(self.base_url + "/metrics", trust_env=False).text
+        text = httpx.get(self.base_url + "/metrics", timeout=60, trust_env=False).text
         return sum(float(value) for value in re.findall(rf"^{re.escape(name)}\{{.*\}} (\S+)$", text, re.MULTILINE))
 
     def log(self, name: str) -> str:

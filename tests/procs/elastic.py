@@ -107,7 +107,7 @@ def holding(elastic: Elastic) -> Holding:
     )
 
 
-def wait_same(elastic: Elastic, before: Holding, timeout_s: float = 20.0) -> None:
+def wait_same(elastic: Elastic, before: Holding, timeout_s: float = 60.0) -> None:
     """Wait until everything is held again as it was. Fails with what differs."""
 
     def differs() -> list[str]:

@@ -58,7 +58,7 @@ class Run:
                 return line.strip()
         raise AssertionError(f"no {until!r} within {timeout_s:g} s:\n{''.join(self.lines)}")
 
-    def end(self, timeout_s: float = 30.0) -> int:
+    def end(self, timeout_s: float = 90.0) -> int:
         """Wait for the end and take the rest of the output."""
         code = self.process.wait(timeout_s)
         self.lines += self.output.read().decode().splitlines(keepends=True)

@@ -21,7 +21,7 @@ from elasticmoe.common.protocol.rank import Cancel, Submit, ToRank, Unwatch, Wat
 from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Moved, RankStatus, Tokens
 from elasticmoe.common.transport import Server, new_identity
 
-WAIT_S = 10.0
+WAIT_S = 60.0  # a busy machine may let any process stand still for seconds
 STATUS_EVERY_S = 0.1
 SLOW_S = 0.05
 

@@ -128,23 +128,25 @@ def settle(elastic: Elastic) -> None:
     elastic.deployment.wait_serving()
     if elastic.replicas() != [0, 1, 2]:
         elastic.resize(devices=["host:0", "host:1", "host:2"])
-        wait_until(lambda: holding(elastic).standby == STANDBYS, "standbys are there again")
+    wait_until(lambda: holding(elastic).standby == STANDBYS, "standbys are there again")
 
 
 def cancel(elastic: Elastic, op_id: str) -> tuple[int, Any]:
     return elastic.deployment.admin_call("DELETE", f"/v1/operations/{op_id}")
 
 
-def order_up_to(elastic: Elastic, target: dict[str, Any], point: str) -> tuple[str, Holding]:
+def order_up_to(
+    elastic: Elastic, target: dict[str, Any], point: str, deadline_s: float | None = None
+) -> tuple[str, Holding]:
     """Begin the operation and wait until a process is at `point`: the op_id, and what was held before. An operation can
-    pass a point of streams by: those of the rank that leaves may have ended of themselves. It is undone then, and
-    ordered again."""
+    pass a point of streams by: those of the rank that leaves may have ended of themselves. And a machine with other
+    work may come to the deadline before it comes to the point. It is undone then, and ordered again."""
     points = elastic.points
     for _ in range(ATTEMPTS):
         before = holding(elastic)
         points.arm(point)
-        op_id = elastic.scale(**target)
-        if not point.startswith(OF_STREAMS):
+        op_id = elastic.scale(**target, **({} if deadline_s is None else {"deadline_s": deadline_s}))
+        if deadline_s is None and not point.startswith(OF_STREAMS):
             points.wait_hit(point)
             return op_id, before
         if points.wait_hit_unless(point, lambda op_id=op_id: elastic.operation(op_id)["phase"] in ("done", "aborted")):
@@ -204,11 +206,7 @@ async def test_failure_before_commit_leaves_no_trace(
 async def test_deadline_before_commit_leaves_no_trace(
     elastic: Elastic, load: Load, target: dict[str, Any], point: str
 ) -> None:
-    before = await in_thread(holding, elastic)
-    elastic.points.arm(point)
-    # Within the time after which a rank that stands at its point would be ejected.
-    op_id = await in_thread(elastic.scale, deadline_s=2.0, **target)
-    await in_thread(elastic.points.wait_hit, point)
+    op_id, before = await in_thread(order_up_to, elastic, target, point, 2.0)
 
     def is_aborting() -> bool:
         return elastic.operation(op_id)["phase"] in ("abort", "aborted")

@@ -69,7 +69,7 @@ def accelerators(kind: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Acceler
         standins.install(kind, monkeypatch)
         made = Accelerators(kind, folder)
         yield made
-        wait_until(lambda: not any(made.used()), f"all memory given back: {made.used()}", 10.0)
+        wait_until(lambda: not any(made.used()), f"all memory given back: {made.used()}", 60.0)
 
 
 both = pytest.mark.parametrize("kind", standins.KINDS, indirect=True)

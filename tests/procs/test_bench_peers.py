@@ -13,7 +13,7 @@ from elasticmoe.cli.bench import serve
 from elasticmoe.cli.bench.peers.engine import Demand, Engine, Launch
 from elasticmoe.cli.bench.peers.environment import Environment
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
 

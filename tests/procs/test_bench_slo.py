@@ -25,9 +25,9 @@ def test_each_way_to_a_size_is_measured_on_the_same_trace(model_folder: Callable
     trace.write_text("".join(json.dumps({"timestamp": 250 * at, **line}) + "\n" for at in range(NUM)))
     command = [sys.executable, "-m", "elasticmoe.cli.main", "bench", "slo", str(trace)]
     command += ["--model", str(model_folder("oracle-paced")), "--methods", "ours,cold-restart,horizontal"]
-    command += ["--itl", "5ms", "--kv-memory", "8MiB", "--drain-s", "90"]  # a step takes 10 ms
+    command += ["--itl", "5ms", "--ttft", "5ms", "--kv-memory", "8MiB", "--drain-s", "90"]  # a step takes 10 ms
     command += ["--output", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "a stand-in for an accelerator's time" in ran.stdout
     told = json.loads((tmp_path / "slo.json").read_text())

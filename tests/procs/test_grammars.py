@@ -300,6 +300,9 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+ATTEMPTS = 5  # a machine with other work may be late with a resize, and not with the streams
+
+
 def piece_of(event: dict[str, Any]) -> str:
     """The part of the answer that an event has, of whichever interface."""
     choice = event["choices"][0]
@@ -337,12 +340,17 @@ async def test_streams_are_the_same_through_a_kill_and_a_resize(deployment: Depl
         assert re.fullmatch("([a-z]{3}, ){140}[a-z]{3}", wanted[0])
         # Nobody has taught the model when to stop writing spaces, so these end at their last token, not at a bracket.
         assert all(re.match(r'\s*\{\s*"words"\s*:\s*\[\s*"(tea|mud|sky)"', text) for text in wanted[1:])
-        chunks[0] = 0
-        running = [asyncio.create_task(stream(http, kind)) for kind in LONG]
-        while chunks[0] < 20:
-            await asyncio.sleep(0.01)
-        assert (await asyncio.to_thread(deployment.scale, replicas=3))["phase"] == "done"
-        assert not any(task.done() for task in running), "all of them went through the resize"
-        await asyncio.to_thread(kill_one)
-        assert not all(task.done() for task in running), "and some through the kill"
-        assert await asyncio.gather(*running) == wanted
+        for _ in range(ATTEMPTS):
+            chunks[0] = 0
+            running = [asyncio.create_task(stream(http, kind)) for kind in LONG]
+            while chunks[0] < 20:
+                await asyncio.sleep(0.01)
+            assert (await asyncio.to_thread(deployment.scale, replicas=3))["phase"] == "done"
+            is_told = not any(task.done() for task in running)  # all of them went through the resize
+            await asyncio.to_thread(kill_one)
+            is_told = is_told and not all(task.done() for task in running)  # and some through the kill
+            assert await asyncio.gather(*running) == wanted
+            if is_told:
+                return
+            assert (await asyncio.to_thread(deployment.scale, replicas=2))["phase"] == "done"
+    raise AssertionError("the streams were over before the resize or the kill, every time")

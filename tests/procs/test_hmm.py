@@ -228,8 +228,8 @@ def test_a_ranks_death_stops_the_others_at_once(pair: tuple[Deployment, Rank, Ra
     deployment, first, second = pair
     assert first.bus.membership() == (1, 3, True, 1)
     second.channel.close()
-    wait_until(lambda: first.bus.membership() == (2, 3, False, 1), "the others are parked", 1.0)
-    wait_until(first.is_rung, "the doorbell", 1.0)
+    wait_until(lambda: first.bus.membership() == (2, 3, False, 1), "the others are parked")
+    wait_until(first.is_rung, "the doorbell")
     assert deployment.status().devices[1].attached is None
     assert deployment.refusal(SetMembership((0, 1), True)) == "not_attached"
     replacement = Rank(deployment, 1)
@@ -303,7 +303,7 @@ def test_a_rank_that_died_while_the_hmm_was_away_is_noticed_when_its_seat_is_tak
     first.resume(deployment)
     assert first.bus.membership() == (1, 3, True, 1)
     replacement = Rank(deployment, 1)
-    wait_until(lambda: first.bus.membership() == (2, 3, False, 1), "the others are parked", 1.0)
+    wait_until(lambda: first.bus.membership() == (2, 3, False, 1), "the others are parked")
     replacement.close()
 
 
@@ -407,7 +407,7 @@ def test_without_the_keeper_the_hmm_goes_on(pair: tuple[Deployment, Rank, Rank])
     assert deployment.stop(deployment.keeper) == 0
     assert deployment.integrity().findings == ()
     second.channel.close()
-    wait_until(lambda: first.bus.membership() == (2, 3, False, 1), "the others are parked", 1.0)
+    wait_until(lambda: first.bus.membership() == (2, 3, False, 1), "the others are parked")
 
 
 # ---- Fencing

@@ -174,7 +174,7 @@ def test_no_page_may_ask_the_scaler(scaler: ScalerProcess, origin: str) -> None:
 
 def test_one_token_or_none(scaler: ScalerProcess) -> None:
     good = scaler.http.headers["authorization"]
-    with httpx.Client(base_url=scaler.url, trust_env=False) as client:
+    with httpx.Client(base_url=scaler.url, timeout=60, trust_env=False) as client:
         for headers in (
             [("authorization", good), ("authorization", good)],
             [("authorization", good), ("authorization", "Bearer wrong")],
@@ -196,7 +196,7 @@ def test_one_token_or_none(scaler: ScalerProcess) -> None:
 
 
 def test_what_is_denied_is_denied_whatever_is_asked(scaler: ScalerProcess) -> None:
-    with httpx.Client(base_url=scaler.url, trust_env=False) as client:
+    with httpx.Client(base_url=scaler.url, timeout=60, trust_env=False) as client:
         paths = [
             *client.get("/openapi.json", headers=scaler.http.headers).json()["paths"],
             "/openapi.json",

@@ -74,7 +74,8 @@ def test_rfc9110_7_8_floods_of_upgrades_fill_no_log(listener: Listener) -> None:
             assert len(hear(connection, until=10)[0]) == 10
         send(connection, b"garbage\r\n\r\n")
         hear(connection)
-    assert len(listener.process.log_text) == before
+    added = listener.process.log_text[before:].splitlines()
+    assert [line for line in added if "stood still" not in line] == []  # which a busy machine makes it do
 
 
 def test_rfc9110_9_3_6_connect_is_refused_and_nothing_after_it_is_heard(listener: Listener) -> None:

@@ -243,7 +243,7 @@ def pid_of(elastic: Elastic, victim: str, held_pid: int, point: str, before: dic
         ranks = elastic.deployment.admin("/v1/layout")["ranks"]
         return next((rank["pid"] for rank in ranks if f"r{rank['replica']}t{rank['tp']}" == victim), None)
 
-    found = wait_until(pid, f"{victim} lives", 5.0)
+    found = wait_until(pid, f"{victim} lives", 60.0)
     assert found is not None
     return found
 
@@ -259,6 +259,8 @@ def hold_and_kill(elastic: Elastic, cell: Cell) -> tuple[str, int, dict[str, int
             break
         elastic.points.disarm(point)  # the way back passes it too
         elastic.resize(**BACK[cell.kind])
+    else:
+        raise AssertionError(f"{ATTEMPTS} operations passed {point} by")
     pid = pid_of(elastic, cell.victim, held_pid, point, before)
     os.kill(pid, signal.SIGKILL)
     elastic.points.disarm(point)

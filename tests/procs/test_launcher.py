@@ -85,7 +85,7 @@ def test_the_store_keeps_its_password_and_its_socket_to_itself(start: Start, run
     run = start({"store": "store", "scaler": "scaler", "router": "router"})
     run.read(SERVING)
     path, password = run_dir / "sockets/store.sock", (run_dir / "secrets/store.password").read_text()
-    assert is_answering(path, password)
+    assert is_answering(path, password, timeout_s=60.0)
     assert not is_answering(path, "guess")
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert password not in Path(f"/proc/{run.pid('store')}/cmdline").read_text()
@@ -115,10 +115,10 @@ def test_what_the_scaler_says_ends_the_start(start: Start) -> None:
 
 
 def test_a_start_has_a_deadline_and_tells_the_phase(start: Start) -> None:
-    run = start({"scaler": "never"}, "--ready-timeout", "5")
+    run = start({"scaler": "never"}, "--ready-timeout", "20")
     run.read("loading: 512 B of 1.00 KiB")
     assert run.end() == 1
-    assert "start_timeout: the deployment was not ready (loading) within 5 s" in run.lines[-1]
+    assert "start_timeout: the deployment was not ready (loading) within 20 s" in run.lines[-1]
 
 
 def test_sigterm_while_starting_stops_it_cleanly(start: Start, run_dir: Path) -> None:
@@ -177,17 +177,22 @@ def test_a_crash_loop_of_another_process_ends_nothing_and_is_told(
     line = run.read("it does not stay up")
     assert "scaler ended with exit code 7" in line
     assert "the deployment goes on without it; restart 6 in all in 1.0 s; its last line: gave in" in line
-    down = wait_until(lambda: [entry for entry in run.record().down if entry.name == "scaler"], "recorded")[0]
-    assert (down.is_failing, down.restarts) == (True, 6)
-    assert main(["status", "--run-dir", str(run_dir)]) == 0
-    assert "scaler does not stay up and is tried again; the rest goes on" in " ".join(capsys.readouterr().out.split())
+    # It is down between two restarts, each of which is a second or more after its end.
+    failing = wait_until(lambda: [one for one in run.record().down if one.name == "scaler" and one.is_failing], "told")
+    assert failing[0].restarts >= 6
+
+    def status() -> str:
+        assert main(["status", "--run-dir", str(run_dir)]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    wait_until(lambda: "scaler does not stay up and is tried again; the rest goes on" in status(), "status tells it")
     run.read("restart 7 in all in 2.0 s")
     # Its exits are not counted: it has more than a limit of five would let pass.
     while len(odd := [line for line in run.lines if line.startswith("odd ended")]) <= 5:
         run.read("odd ended")
     assert all("another has taken over from it" in line for line in odd)
     assert {name: run.pid(name) for name in pids} == pids
-    assert httpx.get(f"{run.record().url}/ready", timeout=5, trust_env=False).status_code == 200
+    assert httpx.get(f"{run.record().url}/ready", timeout=60, trust_env=False).status_code == 200
     assert run.stop() == 0
 
 
@@ -211,7 +216,7 @@ def test_ports_stay_ours_while_a_process_restarts_and_nobody_is_refused(start: S
                             thief.bind(("127.0.0.1", port))
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()  # nobody is refused meanwhile
                 threading.Event().wait(0.01)  # nobody accepts these: many would fill the backlog
-            early.settimeout(10)
+            early.settimeout(60)
             assert b" 200 " in early.recv(1000)  # asked before the death, answered after it
     assert run.stop() == 0
     for port in (record.admin_port, record.port):
@@ -251,8 +256,7 @@ def test_logs_have_a_bound_and_keep_the_last_full_one(start: Start, run_dir: Pat
             return path.read_text().splitlines()[:-1]
         return []
 
-    wait_until(lambda: "chatty is up" in lines_of(old), "rotated")
-    lines = wait_until(lambda: [] if "chatty is up" in (found := lines_of(old)) else found, "rotated again")
+    lines = wait_until(lambda: [] if "chatty is up" in (found := lines_of(old)) else found, "rotated twice")
     lines = lines + wait_until(lambda: lines_of(log), "more lines")
     assert {line.split()[0] for line in lines} == {"line"}  # whole ones
     assert stat.S_IMODE(old.stat().st_mode) == 0o600
@@ -273,7 +277,7 @@ def test_no_orphan_survives_the_launchers_own_sigkill(start: Start, run_dir: Pat
     run.process.kill()
     run.process.wait()
     # Whoever holds no pipe of its parent and ignores SIGTERM is not ours to promise; our services have such pipes.
-    wait_until(lambda: set(processes_of(run_dir)) <= {odd_child}, "no orphan", timeout_s=5.0)
+    wait_until(lambda: set(processes_of(run_dir)) <= {odd_child}, "no orphan", timeout_s=60.0)
     os.kill(odd_child, signal.SIGKILL)
 
 

@@ -19,7 +19,8 @@ from tests.procs.deployment import Deployment
 pytestmark = pytest.mark.procs
 
 SETTINGS: dict[str, Any] = {"devices": 3, "max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20}
-TOKENS = 1_900  # so many that much can happen meanwhile
+MODEL = "oracle-paced"  # ten milliseconds a token or more, however quick the machine is
+TOKENS = 800
 
 
 def logs_of(deployment: Deployment) -> Path:
@@ -41,7 +42,7 @@ async def begin(deployment: Deployment, request_id: str, num_tokens: int = TOKEN
         async with httpx.AsyncClient(
             base_url=deployment.base_url, timeout=60, trust_env=False, headers=headers
         ) as http:
-            stream = await stream_completion(http, "oracle", range(1, 40), num_tokens, on_chunk=has_begun.set)
+            stream = await stream_completion(http, MODEL, range(1, 40), num_tokens, on_chunk=has_begun.set)
         assert (stream.error, stream.finish) == (None, "length")
 
     task = asyncio.create_task(ask())
@@ -52,7 +53,7 @@ async def begin(deployment: Deployment, request_id: str, num_tokens: int = TOKEN
 async def test_what_happens_is_in_logs_and_traces(deploy: Callable[..., Deployment]) -> None:
     with collecting() as collector:
         options = {"log_format": "json", "log_level": "debug", "otlp_endpoint": collector.url, **SETTINGS}
-        deployment = deploy("oracle", replicas=1, **options)
+        deployment = deploy(MODEL, replicas=1, **options)
         await (await begin(deployment, "plain", 8))
         check_plain(collector)
         op_id = await check_moved(deployment, collector)

@@ -11,7 +11,7 @@ from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
 from tests.procs.integrity import check_integrity
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize(

@@ -145,16 +145,26 @@ def test_the_operations_(page: Page, deployment: Deployment) -> None:
         for one in operations
     ]
     wait_rows(page, "Operations", Written(page.browser).rows(rows))
-    told = page.said(".count").partition(" ")[0]
-    assert told == str(len(page.browser.all(".events li")))
+    script = "return [document.querySelector('.count').textContent, document.querySelectorAll('.events li').length]"
+
+    def is_counted() -> bool:
+        told, shown = page.browser.run(script)
+        return bool(told.partition(" ")[0] == str(shown))
+
+    page.browser.wait(is_counted, "the events are counted")
 
 
 def test_the_decisions_(page: Page, deployment: Deployment) -> None:
     page.show("decisions")
+
+    def leads() -> bool:
+        policy = deployment.admin("/v1/policy")
+        wanted = "" if policy["target"] == policy["replicas"] else f", {policy['target']} wanted"
+        lead = f"{policy['policy']['mode']} {policy['replicas']} replicas{wanted}, policy version {policy['version']}"
+        return " ".join(page.said("main .lead").split()) == lead
+
+    page.browser.wait(leads, "the policy in a line")
     policy = deployment.admin("/v1/policy")
-    wanted = "" if policy["target"] == policy["replicas"] else f", {policy['target']} wanted"
-    lead = f"{policy['policy']['mode']} {policy['replicas']} replicas{wanted}, policy version {policy['version']}"
-    page.browser.wait(lambda: " ".join(page.said("main .lead").split()) == lead, lead)
     for name in ("ttft_s", "itl_s", "attainment", "replicas_min", "replicas_max"):
         assert float(page.browser.one(f"#{name}").get_attribute("value") or "nan") == policy["policy"][name]
     script = "return [...document.querySelectorAll('.timeline li')].map((one) => one.textContent)"
@@ -206,10 +216,12 @@ def test_the_ranks_and_processes_(page: Page, deployment: Deployment) -> None:
     processes = deployment.admin("/v1/processes")["processes"]
     running = [[one["name"], one["state"], str(one["pid"]), str(one["restarts"]), ""] for one in processes]
     wait_rows(page, "What the launcher keeps running", running)
-    standbys = str(deployment.admin("/v1/devices")["standby_processes"])
-    page.browser.wait(
-        lambda: ["standbys", standbys] in [row[:2] for row in table(page, "Who answers") or []], "the standbys"
-    )
+
+    def are_standbys() -> bool:
+        standbys = str(deployment.admin("/v1/devices")["standby_processes"])
+        return ["standbys", standbys] in [row[:2] for row in table(page, "Who answers") or []]
+
+    page.browser.wait(are_standbys, "the standbys")
 
 
 def test_the_experts_(page: Page, deployment: Deployment) -> None:
@@ -237,7 +249,7 @@ def test_the_experts_(page: Page, deployment: Deployment) -> None:
 def is_a_row_of(page: Page, url: str) -> bool:
     """The page is up to some seconds behind; what it shows is one of the last rows."""
     shown, token = page.figures(), {"Authorization": "Bearer stage"}
-    columns = httpx.get(f"{url}/v1/series", headers=token, trust_env=False).json()["columns"]
+    columns = httpx.get(f"{url}/v1/series", headers=token, timeout=60, trust_env=False).json()["columns"]
     return any(without(columns, row) == shown for row in range(-20, 0))
 
 

@@ -16,7 +16,7 @@ from tests.procs.greedy import OUTPUT_TOKENS, greedy
 from tests.unit import forms
 from tests.unit.quantized import dequantized_copy, quantized_copy
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(300)]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")

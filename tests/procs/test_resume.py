@@ -16,7 +16,7 @@ from tests.procs.elastic import SETTINGS
 from tests.procs.failpoints import Failpoints
 from tests.procs.waiting import wait_until
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 Up = Callable[..., Deployment]
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.procs.deployment import ROOT, Deployment
+from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
 
@@ -31,7 +32,15 @@ def deployment(model_folder: Callable[[str], Path]) -> Iterator[Deployment]:
 
 def elasticmoe(deployment: Deployment, *args: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "elasticmoe.cli.main", *args, "--run-dir", str(deployment.run_dir)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    def heard() -> subprocess.CompletedProcess[str] | None:
+        """A scaler that has not heard the HMM for a moment says that it is not ready, and for how long to wait."""
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        return None if "not_ready" in done.stdout + done.stderr else done
+
+    done = wait_until(heard, f"{args} is heard", 60.0)
+    assert done is not None
+    return done
 
 
 def test_the_command_line_plans_scales_and_shows_it(deployment: Deployment) -> None:
@@ -48,7 +57,7 @@ def test_the_command_line_plans_scales_and_shows_it(deployment: Deployment) -> N
     assert status["layout"]["replicas"] == 3
     removed = json.loads(elasticmoe(deployment, "scale", "--remove", "r0", "--wait", "--json").stdout)
     assert (removed["kind"], removed["outcome"]) == ("scale_down", "done")
-    assert elasticmoe(deployment, "rebalance").returncode == 0
+    assert elasticmoe(deployment, "rebalance", "--wait").returncode == 0
     refused = elasticmoe(deployment, "scale", "--replicas", "9")
     assert refused.returncode == 1
     assert refused.stderr.startswith("elasticmoe: too_few_devices: ")

@@ -44,7 +44,7 @@ def lose(deployment: Deployment, names: list[str], number: signal.Signals) -> No
         return is_serving and now.keys() == before.keys() and victims.isdisjoint(now.values())
 
     try:
-        wait_until(are_replaced, f"{names} replaced", 40.0)
+        wait_until(are_replaced, f"{names} replaced", 60.0)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{deployment.explain()}") from None
 
@@ -118,7 +118,7 @@ async def test_ranks_that_die_or_stop_cost_no_token(
 ) -> None:
     """A follower, a leader, one of each, a whole replica; a follower and a leader that live and do nothing; services
     that end beside them."""
-    deployment = deploy("oracle", replicas=2, devices=4, **ORACLE)
+    deployment = deploy("oracle", replicas=2, devices=4, rank_stall_s=2.4, **ORACLE)
     async with TimedLoad(deployment.base_url, clients=8, seed=4) as load:
         await load.wait_streams(4)
         for names in (["r0t1"], ["r1t0"], ["r0t0", "r1t1"], ["r0t0", "r0t1"]):
