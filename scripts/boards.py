@@ -3,7 +3,7 @@ so that none names a metric that does not exist; a unit test compares the files.
 
 Source of the form: Grafana's dashboard JSON model, schema version 39 (Grafana 10 and later). Rates are taken over
 `$__rate_interval`, which Grafana fits to the scrape interval. A board works with any number of deployments: the
-variables `job` and `instance` choose.
+variable `instance` chooses.
 """
 
 from __future__ import annotations
@@ -321,15 +321,21 @@ def _panel(number: int, panel: Panel) -> dict[str, Any]:
     }
 
 
+# Once for each change: the router tells the epoch as well, and only the scaler has the other metric.
+LAYOUT_CHANGED = Query(
+    f"changes({_of(scaler.EPOCH)}[$__interval]) > 0 and on (instance) {_of(scaler.SERVING)}", "Layout changed"
+)
+
+
 def _annotation() -> dict[str, Any]:
     """A mark wherever the layout changes."""
     return {
-        "name": "Layout changed",
+        "name": LAYOUT_CHANGED.legend,
         "enable": True,
         "iconColor": "purple",
         "datasource": _SOURCE,
-        "expr": f'changes({scaler.EPOCH.exposed}{{job=~".*scaler.*",instance=~"$instance"}}[$__interval]) > 0',
-        "titleFormat": "Layout changed",
+        "expr": LAYOUT_CHANGED.expr,
+        "titleFormat": LAYOUT_CHANGED.legend,
         "step": "5s",
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from scripts.boards import BOARDS, Query
+from scripts.boards import BOARDS, LAYOUT_CHANGED, Query
 
 QUERIES: list[Query] = [query for board in BOARDS for panel in board.panels for query in panel.queries]
+QUERIES.append(LAYOUT_CHANGED)

@@ -145,7 +145,8 @@ def test_the_operations_(page: Page, deployment: Deployment) -> None:
         for one in operations
     ]
     wait_rows(page, "Operations", Written(page.browser).rows(rows))
-    script = "return [document.querySelector('.count').textContent, document.querySelectorAll('.events li').length]"
+    told = "[...document.querySelectorAll('p.count')].find((one) => one.offsetParent)?.textContent ?? ''"
+    script = f"return [{told}, document.querySelectorAll('.events li').length]"
 
     def is_counted() -> bool:
         told, shown = page.browser.run(script)
