@@ -3,7 +3,10 @@ applications send."""
 
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import random
+import uuid
 from enum import Enum
 from typing import Annotated, Any, Literal
 
@@ -11,7 +14,7 @@ import pydantic
 from pydantic import Field
 
 _PATTERNS = ("^[a-c]{1,4}$", "^\\d{3}-\\d{2}$", "^(x|yz)+$", "^[A-Z][a-z]*$")
-_FORMATS = ("date", "ipv4", "uuid", "date-time")
+FORMATS = ("date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _ODD = ({"not": {"type": "null"}}, {"uniqueItems": True, "type": "array"}, {"type": "string", "format": "iri"})
 
 
@@ -19,7 +22,8 @@ def random_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
     """One of bounded texts."""
     kinds = [_string, _integer, _number, _enum, _plain]
     if depth < 3:
-        kinds += [_object, _object, _array, _any, _reference] if depth == 0 else [_object, _array, _any]
+        kinds += [_object, _object, _array, _any, _map_of, _all]
+        kinds += [_reference] if depth == 0 else []
     if rng.random() < 0.03:
         return dict(rng.choice(_ODD))
     return rng.choice(kinds)(rng, depth)
@@ -30,16 +34,39 @@ def _string(rng: random.Random, _: int) -> dict[str, Any]:
     if kind == 0:
         return {"type": "string", "pattern": rng.choice(_PATTERNS)}
     if kind == 1:
-        return {"type": "string", "format": rng.choice(_FORMATS)}
+        return {"type": "string", "format": rng.choice(FORMATS)}
     least = rng.randrange(4)
     return {"type": "string", "minLength": least, "maxLength": least + rng.randrange(9)}
+
+
+def _map_of(rng: random.Random, depth: int) -> dict[str, Any]:
+    """Names of a pattern, so many of them."""
+    values = {"patternProperties": {"^[a-c]{1,3}$": random_schema(rng, depth + 1)}}
+    if rng.random() < 0.4:
+        values["properties"] = {"a": random_schema(rng, depth + 1)}
+    least = rng.randrange(3)
+    return {
+        "type": "object",
+        **values,
+        "additionalProperties": False,
+        "minProperties": least,
+        "maxProperties": least + 2,
+    }
+
+
+def _all(rng: random.Random, depth: int) -> dict[str, Any]:
+    if rng.random() < 0.5:
+        return {"allOf": [_integer(rng, depth), {"type": "integer", "multipleOf": rng.randrange(1, 4)}]}
+    names = ("left", "right")
+    parts = [{"properties": {name: random_schema(rng, depth + 1)}, "required": [name]} for name in names]
+    return {"type": "object", "allOf": parts, "additionalProperties": True, "maxProperties": 3}
 
 
 def _integer(rng: random.Random, _: int) -> dict[str, Any]:
     least = rng.randrange(-500, 500)
     schema: dict[str, Any] = {"type": "integer", rng.choice(("minimum", "exclusiveMinimum")): least}
-    schema[rng.choice(("maximum", "exclusiveMaximum"))] = least + rng.randrange(2, 400)
-    return schema
+    schema[rng.choice(("maximum", "exclusiveMaximum"))] = least + rng.randrange(9, 400)
+    return schema | ({"multipleOf": rng.choice((2, 5))} if rng.random() < 0.2 else {})
 
 
 def _number(rng: random.Random, _: int) -> dict[str, Any]:
@@ -110,7 +137,7 @@ def random_model(rng: random.Random, depth: int = 0) -> type[pydantic.BaseModel]
 
 
 def _field(rng: random.Random, depth: int) -> Any:
-    kinds = [_bounded_text, _bounded_number, _choice, lambda *_: bool, _free_text]
+    kinds = [_bounded_text, _bounded_number, _choice, lambda *_: bool, _free_text, _of_a_format]
     if depth < 2:
         kinds += [_model_list, lambda *given: random_model(given[0], given[1] + 1), _either, _map]
     return rng.choice(kinds)(rng, depth)
@@ -120,6 +147,11 @@ def _bounded_text(rng: random.Random, _: int) -> Any:
     if rng.random() < 0.5:
         return Annotated[str, Field(pattern=rng.choice(_PATTERNS))]
     return Annotated[str, Field(min_length=rng.randrange(3), max_length=rng.randrange(3, 9))]
+
+
+def _of_a_format(rng: random.Random, _: int) -> Any:
+    """But for durations: the format has some that no program can hold."""
+    return rng.choice((datetime.datetime, datetime.date, datetime.time, uuid.UUID, ipaddress.IPv4Address))
 
 
 def _free_text(rng: random.Random, _: int) -> Any:

@@ -30,7 +30,7 @@ from elasticmoe.common.protocol.errors import InvalidRequest, ProtocolError
 from elasticmoe.common.protocol.limits import GRAMMAR_BYTES_MAX
 from elasticmoe.services.router.grammar.compiler import GrammarCompiler
 from elasticmoe.services.router.grammar.structure import Structure, Thought
-from tests.unit.schemas import random_model, random_schema
+from tests.unit.schemas import FORMATS, random_model, random_schema
 
 WORDS = [b"a", b"b", b"ab", b"aab", b"ba", b"abc", b"c", b"\xc3", b"\xa4", b"\xc3\xa4", b"", b"a", b"<end>", b"\n"]
 END = 12  # is special
@@ -143,6 +143,10 @@ def written(tokens: GrammarTokens, grammar: str, rng: random.Random) -> str:
     raise AssertionError(f"no end: {raw[:200]!r}")
 
 
+FORMAT_CHECKER = jsonschema.Draft202012Validator.FORMAT_CHECKER
+assert set(FORMATS) <= FORMAT_CHECKER.checkers.keys(), "without what checks them, texts of these formats prove nothing"
+
+
 def check_texts(seeds: range, draw: Callable[[random.Random], tuple[Any, Callable[[str], object]]]) -> int:
     """Texts of schemas satisfy them; how many schemas were refused. `draw`: a schema, and who else takes what satisfies
     it."""
@@ -159,7 +163,7 @@ def check_texts(seeds: range, draw: Callable[[random.Random], tuple[Any, Callabl
             num_refused += 1
             continue
         text = written(tokens, unpack_grammar(packed), rng)
-        jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator)
+        jsonschema.validate(json.loads(text), schema, jsonschema.Draft202012Validator, format_checker=FORMAT_CHECKER)
         take(text)
     return num_refused
 
@@ -174,7 +178,7 @@ def a_model_s(rng: random.Random) -> tuple[Any, Callable[[str], object]]:
 
 
 def test_texts_of_random_schemas_satisfy_them() -> None:
-    assert 0 < check_texts(range(150), any_schema) < 75
+    assert 0 < check_texts(range(150), any_schema) < 40
 
 
 def test_texts_of_random_models_of_pydantic_are_what_it_takes() -> None:
@@ -183,7 +187,7 @@ def test_texts_of_random_models_of_pydantic_are_what_it_takes() -> None:
 
 @pytest.mark.slow
 def test_texts_of_more_random_schemas_satisfy_them() -> None:
-    assert 0 < check_texts(range(1_000, 1_500), any_schema) < 250
+    assert 0 < check_texts(range(1_000, 1_500), any_schema) < 120
 
 
 @pytest.mark.slow

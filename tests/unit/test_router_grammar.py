@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from elasticmoe.common.grammar_text import decode_vocabulary
+from elasticmoe.common.grammar import GrammarError, GrammarMatcher, GrammarTokens
+from elasticmoe.common.grammar_text import decode_vocabulary, unpack_grammar
 from elasticmoe.common.protocol.errors import InvalidRequest
 from elasticmoe.common.protocol.limits import GRAMMAR_BYTES_MAX, VOCABULARY_PIECE_BYTES
 from elasticmoe.services.router.api.parse import parse
@@ -86,6 +87,55 @@ def test_keywords_that_would_not_be_heeded_are_refused_by_name(keyword: str) -> 
         assert error.code == "unsupported_schema"
         assert repr(keyword) in error.message
     COMPILER.compile(Structure("json", json.dumps({"properties": {keyword: {"type": "null"}}}), "p"), None)
+
+
+MAP: dict[str, Any] = {"type": "object", "additionalProperties": {"type": "null"}}
+NAMED: dict[str, Any] = {"properties": {"a": {"type": "null"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "is_refused"),
+    [
+        (MAP | {"minProperties": 1}, False),
+        (MAP | {"minProperties": 2}, True),
+        (MAP | NAMED | {"minProperties": 2}, False),
+        (MAP | NAMED | {"minProperties": 3}, True),
+        ({"type": "object", "minProperties": 2}, True),
+        ({"patternProperties": {"^a": {"type": "null"}}, "additionalProperties": False, "minProperties": 2}, True),
+        (NAMED | {"additionalProperties": False, "minProperties": 1}, False),
+    ],
+)
+def test_of_several_names_of_the_writers_own_one_could_come_twice(schema: dict[str, Any], is_refused: bool) -> None:
+    for asked, where in ((schema, ""), ({"anyOf": [{"type": "null"}, schema]}, " at /anyOf/1")):
+        if not is_refused:
+            COMPILER.compile(Structure("json", json.dumps(asked), "p"), None)
+            continue
+        error = refused(Structure("json", json.dumps(asked), "p"))
+        assert error.code == "unsupported_schema"
+        assert error.message.startswith(f"p has minProperties {schema['minProperties']}{where}: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "0001-01-01", "9999-12-31"], ["2023-02-29", "1900-02-29", "0000-01-01"]),
+        ("time", ["23:59:59Z", "00:00:00+01:30"], ["12:00:60Z"]),
+        ("date-time", ["2024-02-29T23:59:59Z"], ["2023-02-29T00:00:00Z", "2024-02-29T23:59:60Z"]),
+    ],
+)
+def test_dates_and_times_are_those_that_programs_read(kind: str, good: list[str], bad: list[str]) -> None:
+    plain = [bytes([byte]) for byte in range(256)]
+    for beside in ({}, {"pattern": "^[0-9]"}, {"allOf": [{"pattern": "^[0-9]"}]}):
+        schema = {"type": "string", "format": kind, **beside}
+        packed = COMPILER.compile(Structure("json", json.dumps(schema), "p"), None)
+        for text in good + bad:
+            matcher = GrammarMatcher(GrammarTokens(plain, []), unpack_grammar(packed))
+            if text in good:
+                matcher.consume(list(json.dumps(text).encode()))
+                assert matcher.state().is_accepting, text
+            else:
+                with pytest.raises(GrammarError):
+                    matcher.consume(list(json.dumps(text).encode()))
 
 
 @pytest.mark.parametrize(

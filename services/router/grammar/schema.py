@@ -43,6 +43,16 @@ _TABLES: Final = ("$defs", "definitions", "patternProperties", "properties")
 # Keywords whose numbers the library reads as floats of 64 bits: it would write other integers.
 _OF_NUMBERS: Final = ("const", "enum", "exclusiveMaximum", "exclusiveMinimum", "maximum", "minimum", "multipleOf")
 _EXACT_MAX: Final = 2**53
+# What formats of the library allow and readers refuse: the 29th of February of any year, the year 0, and a leap second
+# at the end of each minute.
+_YEAR: Final = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_LEAP_YEAR: Final = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE: Final = f"(?:{_YEAR}-(?:(?:0[13-9]|1[0-2])-[0-9]{{2}}|02-(?:[01][0-9]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+_READABLE: Final = {
+    "date": f"^{_DATE}$",
+    "time": "^[0-9]{2}:[0-9]{2}:[0-5]",
+    "date-time": f"^{_DATE}[Tt ][0-9]{{2}}:[0-9]{{2}}:[0-5]",
+}
 # Between values, as the library's default has it, but for an end: models that find none go on for ever.
 OPTIONS: Final = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 
@@ -72,7 +82,31 @@ def read_schema(text: str, param: str) -> Any:
             raise InvalidRequest(text, code="unsupported_schema", param=param)
         for keyword in _OF_NUMBERS:
             _check_numbers(part.get(keyword), keyword, param)
+        _check_names(part, where, param)
+        _keep_to_readable_times(part)
     return schema
+
+
+def _keep_to_readable_times(part: dict[str, Any]) -> None:
+    kind, others = part.get("format"), part.get("allOf", [])
+    readable = _READABLE.get(kind) if isinstance(kind, str) else None
+    if readable is None or not isinstance(others, list):
+        return
+    if "pattern" in part:
+        part["allOf"] = [*others, {"pattern": readable}]
+    else:
+        part["pattern"] = readable
+
+
+def _check_names(part: dict[str, Any], where: str, param: str) -> None:
+    """Raises InvalidRequest for an object that has to have several names of its writer's own: the library lets it write
+    one of them twice, and readers have one then."""
+    least, required = part.get("minProperties"), part.get("required")
+    num_own = least - (len(required) if isinstance(required, list) else 0) if type(least) is int else 0
+    if num_own > 1 and (part.get("additionalProperties") is not False or part.get("patternProperties")):
+        place = f" at {where}" if where else ""
+        text = f"{param} has minProperties {least}{place}: of names that are not listed one at most is supported"
+        raise InvalidRequest(text, code="unsupported_schema", param=param)
 
 
 def _check_numbers(value: Any, keyword: str, param: str) -> None:
