@@ -297,6 +297,16 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
             "tool_choice": {"type": "function", "function": {"name": "say"}},
         },
     ),
+    "responses": (
+        "responses",
+        {"input": "x", "text": {"format": {"type": "json_schema", "name": "words", "schema": words_of(35)}}},
+    ),
+    "messages": ("messages", {"output_config": {"format": {"type": "json_schema", "schema": words_of(35)}}}),
+}
+# The newer interfaces have no seeds.
+SAMPLED: dict[str, dict[str, Any]] = {
+    "responses": {"temperature": 0, "max_output_tokens": 750},
+    "messages": {"temperature": 0, "max_tokens": 750},
 }
 
 
@@ -305,6 +315,10 @@ ATTEMPTS = 5  # a machine with other work may be late with a resize, and not wit
 
 def piece_of(event: dict[str, Any]) -> str:
     """The part of the answer that an event has, of whichever interface."""
+    if event.get("type") in ("response.output_text.delta", "content_block_delta"):
+        return str(event["delta"] if isinstance(event["delta"], str) else event["delta"].get("text", ""))
+    if "choices" not in event:
+        return ""  # of the newer interfaces: what begins and what ends
     choice = event["choices"][0]
     if "text" in choice:
         return str(choice["text"])
@@ -318,8 +332,10 @@ async def test_streams_are_the_same_through_a_kill_and_a_resize(deployment: Depl
 
     async def stream(http: httpx.AsyncClient, kind: str) -> str:
         path, form = LONG[kind]
-        asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if path.startswith("chat") else {}
-        body = {"model": MODEL, "stream": True, "temperature": 1.0, "seed": 7, "max_tokens": 750, **asked, **form}
+        is_chat = path in ("chat/completions", "messages")
+        asked: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]} if is_chat else {}
+        sampled = SAMPLED.get(path, {"temperature": 1.0, "seed": 7, "max_tokens": 750})
+        body = {"model": MODEL, "stream": True, **sampled, **asked, **form}
         text = ""
         async with http.stream("POST", f"/v1/{path}", json=body) as answer:
             assert answer.status_code == 200, await answer.aread()
@@ -328,6 +344,7 @@ async def test_streams_are_the_same_through_a_kill_and_a_resize(deployment: Depl
                     chunks[0] += 1
                     event = json.loads(line[6:])
                     assert not event.get("error"), event
+                    assert event.get("type") != "error", event
                     text += piece_of(event)
         return text
 
