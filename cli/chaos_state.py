@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,17 @@ async def holdings_of(deployment: Deployment) -> Holdings:
     devices: list[dict[str, Any]] = (await deployment.get("/v1/devices"))["devices"]
     used = sum(device["memory"]["weights"] + device["memory"]["kv"] for device in devices)
     living = [pid for pid in await asyncio.to_thread(processes_of, deployment.run_dir) if not _is_text_worker(pid)]
-    shared = frozenset(entry.name for entry in Path("/dev/shm").iterdir() if entry.stat().st_uid == os.geteuid())
-    return Holdings(descriptors, len(living), shared, used)
+    return Holdings(descriptors, len(living), _shared_memory(), used)
+
+
+def _shared_memory() -> frozenset[str]:
+    """Names of what this user has there."""
+    found = set()
+    for entry in Path("/dev/shm").iterdir():
+        with suppress(FileNotFoundError):  # somebody has just removed it
+            if entry.stat().st_uid == os.geteuid():
+                found.add(entry.name)
+    return frozenset(found)
 
 
 def _is_text_worker(pid: int) -> bool:

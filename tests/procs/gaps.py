@@ -60,7 +60,7 @@ class TimedLoad(Load):
         gaps = sorted(gap for end, gap in self._gaps if since <= end <= until)
         return gaps[int(0.99 * (len(gaps) - 1))] if gaps else 0.0
 
-    async def wait_streams(self, count: int, timeout_s: float = 30.0) -> None:
+    async def wait_streams(self, count: int, timeout_s: float = 120.0) -> None:
         """Wait until `count` more streams have ended without an error."""
         wanted = self.num_good + count
         deadline = time.monotonic() + timeout_s

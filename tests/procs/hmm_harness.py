@@ -50,7 +50,7 @@ from elasticmoe.native.ledger import Ledger
 from tests.procs.waiting import wait_until
 
 ROOT = Path(__file__).parent.parent.parent
-CALL_MS = 10_000
+CALL_MS = 60_000
 
 
 class Deployment:

@@ -19,7 +19,7 @@ import pytest
 from tests.procs.deployment import ROOT, Deployment
 from tests.procs.router_harness import configure
 
-pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 EXAMPLES = ROOT / "examples"
 MODEL = "tiny-qwen3-moe"

@@ -20,7 +20,7 @@ from elasticmoe.common.config import environment_of
 from elasticmoe.common.store_access import PASSWORDS, READER
 from tests.procs.waiting import free_port, processes_of, wait_until
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parent.parent.parent
 MODULES = {
@@ -112,7 +112,8 @@ def test_each_process_does_with_what_its_container_has(containers: Containers) -
         body = {"model": "oracle", "prompt": [5, 6, 7], "max_tokens": 8, "ignore_eos": True, "temperature": 0}
         answer = client.post("/v1/completions", json=body)
         assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 8)
-    assert all(containers.check(name) for name in ("scaler", "router"))
+    for name in ("scaler", "router"):
+        wait_until(lambda name=name: containers.check(name), f"{name} is healthy", 60.0)
     the_routers_password_reads_layouts_and_nothing_else(containers)
     assert set(containers.close().values()) == {0}
 

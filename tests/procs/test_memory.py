@@ -107,7 +107,7 @@ def check_large_pages(deployment: Deployment) -> None:
     by_kernel = sum(fields.get("ShmemPmdMapped", 0) for fields in smaps(deployment.pids["hmm"]).values())
     assert large <= by_kernel
     key = {"Authorization": f"Bearer {deployment.token}"}
-    metrics = httpx.get(f"{deployment.admin_url}/metrics", headers=key, trust_env=False).text
+    metrics = httpx.get(f"{deployment.admin_url}/metrics", headers=key, timeout=60, trust_env=False).text
     figures = re.findall(r"^elasticmoe:device_large_page_bytes\{.*\} (\S+)$", metrics, re.MULTILINE)
     assert sum(map(float, figures)) == large
 
@@ -123,7 +123,10 @@ def memory_files(pid: int) -> dict[str, Path]:
     """The memfds that a process has open, by name: paths under /proc that read their content."""
     found = {}
     for entry in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(entry)
+        try:
+            target = os.readlink(entry)
+        except FileNotFoundError:
+            continue  # closed meanwhile
         if target.startswith("/memfd:"):
             found[target.removeprefix("/memfd:").removesuffix(" (deleted)")] = entry
     return found

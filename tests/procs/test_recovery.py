@@ -46,7 +46,7 @@ def kill(deployment: Deployment, victims: list[int]) -> None:
         return layout["phase"] == "serving" and len(pids) == len(layout["ranks"]) and pids.isdisjoint(victims)
 
     try:
-        wait_until(replaced, "ranks replaced", 20.0)
+        wait_until(replaced, "ranks replaced", 60.0)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{deployment.explain()}") from None
 
@@ -111,7 +111,7 @@ async def test_kills_during_resizes_lose_nothing(
 
 def check_settled(deployment: Deployment) -> None:
     """check_integrity, once no rank is being replaced any more."""
-    wait_until(lambda: deployment.admin("/v1/layout")["phase"] == "serving", "all seats filled", 20.0)
+    wait_until(lambda: deployment.admin("/v1/layout")["phase"] == "serving", "all seats filled", 60.0)
     check_integrity(deployment)
 
 

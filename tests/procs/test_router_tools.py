@@ -28,7 +28,7 @@ from tests.procs.router_harness import (
     write_model,
 )
 
-pytestmark = pytest.mark.procs
+pytestmark = [pytest.mark.procs, pytest.mark.timeout(400)]
 TEMPLATE = (
     "{% if tools %}T{{ tools | tojson }}{% endif %}"
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
@@ -142,7 +142,7 @@ def _by_litellm(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, An
         [sys.executable, "-W", "ignore", "-c", LITELLM, asked, url, str(is_streamed)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # else it asks GitHub for prices
     )
     assert done.returncode == 0, done.stderr

@@ -20,6 +20,7 @@ from pathlib import Path
 from elasticmoe.cli.resolve import models_recipe
 from elasticmoe.common.record import read_record
 from tests.markdown import Block
+from tests.procs.deployment import STALL_S
 from tests.procs.waiting import free_port, wait_until
 
 _PAGE_S_MAX = 300.0
@@ -52,6 +53,7 @@ class Shell:
             "LANG": "C.UTF-8",
             "ELASTICMOE_PORT": self.ports["8000"],
             "ELASTICMOE_ADMIN_PORT": self.ports["8100"],
+            "ELASTICMOE_RANK_STALL_S": str(STALL_S),
         }
         self.run_dir = self.runtime / f"elasticmoe-{os.geteuid()}" / "default"
         self.launcher: subprocess.Popen[bytes] | None = None

@@ -38,6 +38,7 @@ from elasticmoe.services.hmm.memory.snapshot import Snapshot
 from elasticmoe.services.hmm.sessions.parking import CATALOG, Parking
 
 _BUS: Final = "bus"
+_KEEPER_MS: Final = 10_000  # for all that it holds: one that has just started, or a busy machine, is waited for
 
 
 class Holdings:
@@ -67,7 +68,7 @@ class Holdings:
         keeper channel.
         """
         self.told = memory_of(self._names())
-        kept = self._parking.fetch()
+        kept = self._parking.fetch(deadline_ms=_KEEPER_MS)
         names = list(kept)
         try:
             is_adopted = self._adopt(kept)
