@@ -108,15 +108,22 @@ accel-standin: install
 	  $(BIN)/python -m pytest -m 'not soak' -n 0 --accelerator $$kind $(ARGS) $(ON_ACCELERATORS); \
 	done
 
+# What is measured is the environment that is there, with the torch that its owner has chosen for the device: these two
+# install nothing.
+IS_INSTALLED = [ -x $(BIN)/elasticmoe ] || { echo 'there is no $(BIN)/elasticmoe: install a torch for the device and this package into .venv \
+  (docs/ascend.md and docs/cuda.md, Install), or, for stand-ins alone, run make install' >&2; exit 1; }
+
 # Where there is no accelerator it says so in one line, and fails. STANDIN=npu or cuda: on the stand-in of a driver, which
 # proves the runner and measures nothing of a device.
-accel: install
+accel:
+	@$(IS_INSTALLED)
 	$(if $(STANDIN),$(BIN)/python -m tests.devices.with_standins $(STANDIN)) $(BIN)/elasticmoe bench accel \
 	  $(if $(STANDIN),--devices $(STANDIN):0-1 --device-memory 256MiB --output build/accel) $(ARGS)
 
 # On the first GPU of this machine, with a build of torch for it: compute backends, the contract of devices and whole
 # deployments, by the tests that all of them have to pass.
-accel-test: install
+accel-test:
+	@$(IS_INSTALLED)
 	$(BIN)/python -m pytest -p tests.hardware.plugin -n 4 $(ARGS) tests/unit/test_devices_rules.py \
 	  tests/unit/test_backends.py tests/unit/test_backends_attention.py tests/unit/test_sampler.py \
 	  tests/unit/test_sampling_extremes.py tests/unit/test_model_parity.py tests/unit/test_oracle_model.py \

@@ -30,10 +30,34 @@ def _folder(text: str) -> Path:
     return checkout / "results" if checkout.is_dir() else home_dir() / "benchmarks"
 
 
+# Of the environment: what changes what is measured, and names no place of the machine.
+SETTINGS_TOLD = frozenset(
+    f"ELASTICMOE_{name}"
+    for name in (
+        "ACTIVATIONS",
+        "BLOCK_SIZE",
+        "COMPUTE",
+        "DEVICES",
+        "DTYPE",
+        "EXCHANGE",
+        "KV_BYTES",
+        "LARGE_PAGES",
+        "MAX_MODEL_LEN",
+        "MAX_SEQUENCES",
+        "MAX_TOKENS_PER_STEP",
+        "PIN_CORES",
+        "REPLICAS",
+        "STANDBYS",
+        "TP",
+    )
+)
+
+
 def provenance(command: str) -> dict[str, Any]:
     """Where, when and from what a result comes."""
     return {
         "command": command,
+        "settings": {name: value for name, value in sorted(os.environ.items()) if name in SETTINGS_TOLD},
         "date": time.strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
         "cpu": _cpu(),

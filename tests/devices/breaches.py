@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
+import shutil
+import subprocess
 import threading
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,13 +20,62 @@ from elasticmoe.common.protocol.errors import ElasticMoEError
 
 Rule = dict[str, str]
 PAGE = 2 << 20
+_FOLDER = Path(__file__).parent
 _FIELDS = {"name", "text", "source", "call", "answer", "code_from", "ours"}
 
 
 def rules(kind: str) -> list[Rule]:
     """Of a vendor's driver, as its file lists them."""
-    made: list[Rule] = tomllib.loads((Path(__file__).parent / f"rules/{kind}.toml").read_text())["rule"]
+    return _listed(kind, "rule")
+
+
+def _listed(kind: str, what: str) -> list[Rule]:
+    made: list[Rule] = tomllib.loads((_FOLDER / f"rules/{kind}.toml").read_text())[what]
     return made
+
+
+def check_answers(kind: str) -> None:
+    """Each error that the stand-in can answer is that of a rule, or is listed beside them with its source."""
+    in_source = set(re.findall(r"\b(?:ACL|CUDA)_ERROR_\w+", (_FOLDER / f"standin/{kind}.cpp").read_text()))
+    others = _listed(kind, "code")
+    assert all(set(code) == {"name", "when", "source"} and all(code.values()) for code in others)
+    assert in_source == {rule["answer"] for rule in rules(kind)} | {code["name"] for code in others}
+
+
+_SIZES = """
+#include <%s>
+#include <algorithm>
+#include <initializer_list>
+#include <type_traits>
+template <class R, class... A>
+constexpr bool takes(R (*)(A...), std::initializer_list<size_t> wanted) {
+  const std::initializer_list<size_t> has = {size_t{0}, (std::is_pointer_v<A> ? 0 : sizeof(A))...};
+  return std::equal(has.begin() + 1, has.end(), wanted.begin(), wanted.end());
+}
+"""
+
+
+def check_sizes(header: str, includes: Sequence[Path], calls: Mapping[str, Sequence[Any]]) -> None:
+    """A compiler that reads the vendor's declarations finds a pointer where ours has one, and numbers of the same size
+    elsewhere. Skips the test without a compiler."""
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        pytest.skip(f"the vendor's declarations are read by a C++ compiler, and there is no {compiler}")
+    checks = [
+        f'static_assert(takes(&{name}, {{{", ".join(map(_size_of, types))}}}), "{name}");'
+        for name, types in calls.items()
+    ]
+    command = [compiler, "-std=c++20", "-fsyntax-only", "-Wno-deprecated-declarations", "-xc++", "-"]
+    command += [f"-isystem{folder}" for folder in includes]
+    done = subprocess.run(
+        command, input=_SIZES % header + "\n".join(checks), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def _size_of(kind: Any) -> str:
+    is_pointer = kind in (ctypes.c_void_p, ctypes.c_char_p) or issubclass(kind, ctypes._Pointer)
+    return "size_t{0}" if is_pointer else str(ctypes.sizeof(kind))
 
 
 def check_rule(rule: Rule, breach: Callable[[], object], refusals: Mapping[int, Meaning]) -> None:

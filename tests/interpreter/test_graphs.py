@@ -167,6 +167,60 @@ def test_memory_that_moves_is_captured_again(tmp_path: Path) -> None:
     assert recorder.num_records == recorder.num_replays == 2 * sections
 
 
+class TwoRanks:
+    """Two replicas, of which each has half the experts, and a stream on each."""
+
+    def __init__(self, directory: Path, recorders: list[CallRecorder | None]) -> None:
+        given = iter(recorders)
+        self.ranks = Ranks(
+            directory, 2, backend=lambda: AcceleratorBackend(TritonKernels(CPU), None, CPU, next(given)), max_tokens=16
+        )
+        self._streams = [Stream([3 + rank], [2, 9, 4]) for rank in range(2)]
+
+    def step(self) -> list[torch.Tensor]:
+        """Logits of each stream's next token, and what each rank has in its cache."""
+        logits = self.ranks.step([[one.part(1, 1)] for one in self._streams])
+        for one, row in zip(self._streams, logits, strict=True):
+            one.kv_len += 1
+            one.tokens.append(int(row.argmax()))
+        return [*logits, *(weights.kv.blocks.view(torch.int32).clone() for weights in self.ranks.weights)]
+
+    def change(self) -> None:
+        """To a layout of a new generation, in which every expert is the other rank's, and no longer where it was, and
+        which has less room for KV."""
+        ranks, generation = self.ranks, self.ranks._generation + 1
+        ranks.new_generation(routing=False)
+        owners = [list(ranks.layout.owners(layer)) for layer in range(ranks.spec.num_layers)]
+        for layer, owner_of in enumerate(owners):
+            for expert, old in enumerate(owner_of):
+                left, reached = (ranks.weights[rank].experts[layer] for rank in (old, 1 - old))
+                for name, slots in left.items():
+                    reached[name][expert] = slots[expert]
+                    slots[expert] = float("nan")
+        for exchange, weights in zip(ranks.exchanges, ranks.weights, strict=True):
+            exchange.set_routing(generation, [[1 - owner for owner in layer] for layer in owners])
+            weights.kv.num_blocks //= 2
+
+
+def test_what_was_recorded_in_one_layout_computes_in_the_next(tmp_path: Path) -> None:
+    """Other owners, other experts, less KV, another generation: nothing is captured anew, and no bit differs from ranks
+    that capture nothing and stay as they are."""
+    directory = checkpoint(tmp_path, "mixtral")
+    recorders = [CallRecorder() for _ in range(2)]
+    captured, plain = TwoRanks(directory, [*recorders]), TwoRanks(directory, [None] * 2)
+
+    def step() -> list[int]:
+        """How many sections each rank has replayed."""
+        for got, want in zip(captured.step(), plain.step(), strict=True):
+            assert torch.equal(got, want)
+        return [recorder.num_replays for recorder in recorders]
+
+    assert [step(), step()] == [[0, 0], [3, 3]]
+    captured.change()
+    assert [step(), step()] == [[6, 6], [9, 9]]
+    assert [recorder.num_records for recorder in recorders] == [3, 3]
+
+
 def test_a_step_is_computed_where_nothing_can_be_captured(tmp_path: Path) -> None:
     recorder = CallRecorder()
     pair = Pair(checkpoint(tmp_path, "mixtral"), recorder)

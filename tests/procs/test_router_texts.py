@@ -25,6 +25,7 @@ from tests.procs.router_harness import (
     serving,
     write_model,
 )
+from tests.procs.test_text_workers import rss_of
 from tests.procs.waiting import wait_until
 
 pytestmark = pytest.mark.procs
@@ -200,15 +201,7 @@ def test_five_of_them_beside_an_honest_chat(served: RouterProcess) -> None:
     assert beside.failed == []
     assert most < 512 * MIB
     wait_until(lambda: resident(served) - before < 64 * MIB, "the memory is given back", GIVEN_BACK_S)
-    wait_until(lambda: sum(map(resident_of, family(served))) < 256 * MIB, "the workers' too", GIVEN_BACK_S)
-
-
-def resident_of(process: psutil.Process) -> int:
-    """Its bytes; none of one that has just ended."""
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
+    wait_until(lambda: sum(map(rss_of, family(served))) < 256 * MIB, "the workers' too", GIVEN_BACK_S)
 
 
 def test_forty_of_them_with_wide_characters(served: RouterProcess) -> None:

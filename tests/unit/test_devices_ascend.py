@@ -19,10 +19,12 @@ from tests.devices import breaches, standins, vendor
 from tests.devices.breaches import (
     PAGE,
     Rule,
+    check_answers,
     check_codes,
     check_complete,
     check_declared,
     check_rule,
+    check_sizes,
     in_a_new_thread,
     mapped,
     rules,
@@ -180,8 +182,14 @@ def test_every_rule_is_broken_and_has_its_source() -> None:
     check_complete(RULES, BREACHES)
 
 
+def test_each_error_of_the_stand_in_is_listed() -> None:
+    check_answers("ascend")
+
+
 def test_calls_and_codes_are_what_the_vendor_declares() -> None:
-    include = vendor.headers(vendor.ASCEND)[1]
+    includes = vendor.headers(vendor.ASCEND)
+    include = includes[1]
+    check_sizes("acl/acl_rt.h", includes, {**CALLS, **NEWER_CALLS})
     check_declared((include / "acl_rt.h").read_text(), "aclError", {**CALLS, **NEWER_CALLS})
     codes = (include / "acl_base_rt.h").read_text() + (include / "error_codes/rt_error_codes.h").read_text()
     check_codes(codes, REFUSALS)

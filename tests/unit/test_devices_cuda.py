@@ -18,10 +18,12 @@ from tests.devices import breaches, standins, vendor
 from tests.devices.breaches import (
     PAGE,
     Rule,
+    check_answers,
     check_codes,
     check_complete,
     check_declared,
     check_rule,
+    check_sizes,
     in_a_new_thread,
     mapped,
     rules,
@@ -149,8 +151,13 @@ def test_every_rule_of_the_file_is_broken() -> None:
     check_complete(RULES, BREACHES)
 
 
+def test_each_error_of_the_stand_in_is_listed() -> None:
+    check_answers("cuda")
+
+
 def test_calls_and_codes_are_those_of_the_header() -> None:
     (include,) = vendor.headers(vendor.CUDA)
+    check_sizes("cuda.h", [include], CALLS)
     text = (include / "cuda.h").read_text()
     check_declared(text, "CUresult", {name.removesuffix("_v2"): types for name, types in CALLS.items()})
     check_codes(text, REFUSALS)

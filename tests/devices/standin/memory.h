@@ -19,7 +19,7 @@ namespace standin {
 
 inline constexpr uint64_t kGranule = 2 << 20;
 inline constexpr uint32_t kDevicesMax = 16;
-inline constexpr uint32_t kAdmittedMax = 32;
+inline constexpr uint32_t kAdmittedMax = 256;  // more than a deployment's ranks, with their successors
 inline constexpr uint32_t kEntries = 1 << 16;
 
 enum class Why {
