@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _EXTENSIONS: Final = {"npu": "torch_npu"}  # by torch's types of devices: the package without which it knows none
+_WITHOUT_FLOAT64: Final = frozenset({"npu"})  # torch's types of devices
 
 
 def check_torch(name: str) -> None:
@@ -58,6 +59,11 @@ def open_torch(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:  # torch has both, and no class of its own for it
         raise DeviceError(f"torch cannot use {name}: {_first_line(error)}", code="no_torch") from None
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether numbers of float64 may be made there. On NPUs `.double()` gives float32 (torch_npu's `_to_copy`)."""
+    return device.type not in _WITHOUT_FLOAT64
 
 
 def _first_line(error: Exception) -> str:

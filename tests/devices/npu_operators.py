@@ -8,11 +8,13 @@ Shape suffixes: B sequences, X heads, S rows of a sequence, L keys, Y elements o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from tests.devices import vendor
 
@@ -23,6 +25,22 @@ MASK_SIZE = 2048
 
 class Refused(RuntimeError):
     """An argument that the vendor's page forbids."""
+
+
+class Float32Only(TorchDispatchMode):
+    """What would be float64 is float32, whatever makes it. torch_npu does so where a tensor of an NPU is brought to
+    another dtype (`_to_copy`), and says it in one warning; its other ways to float64 end in kernels of
+    the NPU's small processor, or in errors."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See TorchDispatchMode."""
+        return tree_map_only(torch.Tensor, _narrowed, func(*args, **kwargs or {}))
+
+
+def _narrowed(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _ask(is_right: bool, rule: str) -> None:

@@ -21,6 +21,7 @@ from elasticmoe.services.worker.backends.choice import TokenChoice
 from elasticmoe.services.worker.backends.factory import BackendOptions, open_backend
 from tests.hardware.mirrored import MADE, MirroredBackend
 from tests.unit.backends import ON_CPU, draw
+from tests.unit.npu_sampling import SAMPLERS
 
 ROWS, HIDDEN, WIDTH = 40, 512, 256
 ROUNDING = BackendOptions(activations="bfloat16")
@@ -235,7 +236,7 @@ def test_equals_are_taken_by_their_ids(backend: ComputeBackend) -> None:
 def test_seeded_draws_are_the_same() -> None:
     """Of the same logits, whatever the options, but where a random number falls onto the very edge of a token."""
     rng, num_same, num_all = random.Random(11), 0, 0
-    backends = [open_backend(name) for name in ON_CPU]
+    backends = [make() for make in SAMPLERS.values()]
     for number in range(600):
         vocab = rng.choice((3, 50, 259, 2_000))
         logits_BV = random_of(1, vocab, seed=number) * rng.choice((0.1, 2.0, 8.0))

@@ -22,6 +22,7 @@ from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.engine.sampler import Sampled, SamplingState, prompt_logprobs, sample, uniform
 from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.backends import draw as drawn
+from tests.unit.npu_sampling import SAMPLERS, Float32Backend
 
 VOCAB = 50
 EDITS = Edits([(7, 1.0)], 1.1, [1, 2], [(3, 0.5)], [4])
@@ -30,10 +31,10 @@ EDITS = Edits([(7, 1.0)], 1.1, [1, 2], [(3, 0.5)], [4])
 USED: list[ComputeBackend] = []  # the last one
 
 
-@pytest.fixture(autouse=True, scope="module", params=ON_CPU)
+@pytest.fixture(autouse=True, scope="module", params=SAMPLERS)
 def backend(request: pytest.FixtureRequest) -> Iterator[ComputeBackend]:
-    """Every test runs once with each compute backend."""
-    USED.append(open_backend(request.param))
+    """Every test runs once with each compute backend, and with one on a device without float64."""
+    USED.append(SAMPLERS[request.param]())
     yield USED[-1]
     USED.pop()
 
@@ -184,26 +185,92 @@ def test_a_steps_choices_are_waited_for_once() -> None:
     ]
     logits = torch.stack([logits_of(n) for n in range(len(states))])
     logits[-1, 4] = float("inf")
-    backend = QueuedBackend()
-    sampled = sample(backend, logits.clone(), states)
-    assert backend.num_fences == 1
-    plain = sample(TorchBackend(), logits.clone(), states)
-    assert (sampled.tokens, sampled.logprobs) == (plain.tokens, plain.logprobs)
-    assert set(sampled.errors) == {len(states) - 1}
-    asked = [TokenChoice(Sampling(seed=1, top_k=3), 0.5, EDITS, 2), TokenChoice(Sampling(seed=1), None, None, -1)]
-    sent: list[int] = []
+    for has_float64, same in ((True, TorchBackend()), (False, open_backend("host"))):
+        backend = QueuedBackend()
+        backend.has_float64, backend.sampler = has_float64, open_backend("host")
+        sampled = sample(backend, logits.clone(), states)
+        assert backend.num_fences == 1
+        want = sample(same, logits.clone(), states)
+        assert (sampled.tokens, sampled.logprobs) == (want.tokens, want.logprobs)
+        assert set(sampled.errors) == {len(states) - 1}
+        prompt_logprobs(backend, logits[:3], [1, 2, 3], 2)
+        assert backend.num_fences == 2
+
+
+@pytest.mark.parametrize("has_float64", [True, False])
+def test_what_lies_on_the_device_is_of_dtypes_that_it_has(has_float64: bool) -> None:
+    """Whole numbers travel as whole numbers, and a device without float64 never sees any."""
+    allowed = bits([1, 7, 31])
+    asked = [
+        TokenChoice(Sampling(seed=1, top_k=3), 0.5, EDITS, 2, allowed),
+        TokenChoice(Sampling(seed=1), None, None, -1),
+    ]
+    sent: list[dict[str, torch.dtype]] = []
 
     def send(fields: Mapping[str, Numbers]) -> dict[str, torch.Tensor]:
-        sent.append(len(fields))
-        return {name: torch.empty(len(values), dtype=torch.float64, device="meta") for name, values in fields.items()}
+        there = {name: torch.from_numpy(values).to("meta") for name, values in fields.items()}
+        sent.append({name: values.dtype for name, values in there.items()})
+        return there
 
-    def fetch(values: torch.Tensor) -> Numbers:
-        assert values.device.type == "meta"
-        return np.zeros(len(values))
+    def fetch(*there: torch.Tensor) -> list[torch.Tensor]:
+        assert all(tensor.device.type == "meta" for tensor in there)
+        assert torch.float64 not in {tensor.dtype for tensor in there}
+        return [torch.zeros_like(tensor, device="cpu") for tensor in there]
 
-    chosen = torch_sampling.choose(torch.empty(2, VOCAB, device="meta"), asked, send, fetch)
-    assert len(sent) == 1
+    logits = torch.empty(2, VOCAB, device="meta")
+    if has_float64:
+        chosen = torch_sampling.choose(logits, asked, send, lambda words: fetch(words)[0].numpy())
+    else:
+        chosen = torch_sampling.choose_on_host(logits, asked, send, fetch, open_backend("host"))
+    (dtypes,) = sent
     assert [len(one.judged.top) if one.judged else None for one in chosen] == [2, None]
+    assert {dtypes[name] for name in ("drawn", "judged", "masked", "biased", "seen", "penalized", "banned")} == {
+        torch.int64
+    }
+    assert dtypes["words"] == torch.int32
+    assert {name for name, dtype in dtypes.items() if dtype == torch.float64} == (
+        {"top_p", "uniform"} if has_float64 else set()
+    )
+
+
+def test_which_devices_have_no_float64() -> None:
+    for kind, has_float64 in (("cpu", True), ("cuda", True), ("npu", False)):
+        device: Any = type("Device", (), {"type": kind})()
+        backend = open_backend("torch", None, device)
+        assert isinstance(backend, TorchBackend)
+        assert (backend.has_float64, backend.sampler is None) == (has_float64, has_float64)
+    alone = TorchBackend()  # as nobody opens one
+    alone.has_float64 = False
+    with pytest.raises(RuntimeError, match="no sampler on the host"):
+        alone.judge(torch.zeros(1, 5), [0], 1)
+
+
+def test_tokens_of_a_device_without_float64_are_those_of_the_host() -> None:
+    """Bit by bit, at the very edges of tokens too, of a vocabulary whose sums float32 cannot hold."""
+    row = logits_of(vocab=100_000)
+    ends = torch.softmax(row.double(), 0).cumsum(0)
+    edges = [float(end) for end in ends[:: len(ends) // 40]]
+    choices = [
+        TokenChoice(Sampling(seed=1, top_k=top_k, top_p=top_p), uniform, None, 3)
+        for uniform in [0.0, *edges, *(math.nextafter(edge, 0.0) for edge in edges)]
+        for top_k, top_p in ((0, 1.0), (0, 0.95), (9_000, 0.7))
+    ]
+    got, want = (
+        open_one().choose(row.repeat(len(choices), 1), choices) for open_one in (Float32Backend, ON_CPU["host"])
+    )
+    assert got == want
+
+
+def test_places_beyond_what_float32_counts() -> None:
+    """An odd place behind 2^24, of the last token of the last row."""
+    vocab = 1 << 20
+    logits = torch.zeros(17, vocab)
+    edits = Edits([(vocab - 1, 5.0)], 1.0, (), (), (vocab - 3,))
+    greedy = TokenChoice(Sampling(seed=1), None, None, -1)
+    chosen = USED[-1].choose(logits, [greedy] * 16 + [greedy._replace(edits=edits)])
+    assert [one.token for one in chosen] == [0] * 16 + [vocab - 1]
+    assert torch.equal(logits[16, -4:], torch.tensor([0.0, NEVER, 0.0, 5.0]))
+    assert not logits[:16].any()
 
 
 def test_places_of_edits_are_of_their_own_row() -> None:

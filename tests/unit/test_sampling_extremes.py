@@ -22,9 +22,9 @@ from elasticmoe.services.router.api.parse import parse
 from elasticmoe.services.router.api.schemas import ChatRequest, CompletionRequest, GenerateRequest
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.choice import NEVER, Chosen, Judged, TokenChoice
-from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.engine.sampler import SamplingState, prompt_logprobs, sample
-from tests.unit.backends import ON_CPU, draw
+from tests.unit.backends import draw
+from tests.unit.npu_sampling import SAMPLERS
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 TINY = 5e-324  # the least double above 0
@@ -33,10 +33,10 @@ TINY = 5e-324  # the least double above 0
 USED: list[ComputeBackend] = []  # the last one
 
 
-@pytest.fixture(autouse=True, scope="module", params=ON_CPU)
+@pytest.fixture(autouse=True, scope="module", params=SAMPLERS)
 def backend(request: pytest.FixtureRequest) -> Iterator[ComputeBackend]:
-    """Every test runs once with each compute backend."""
-    USED.append(open_backend(request.param))
+    """Every test runs once with each compute backend, and with one on a device without float64."""
+    USED.append(SAMPLERS[request.param]())
     yield USED[-1]
     USED.pop()
 

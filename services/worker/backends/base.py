@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from elasticmoe.common.devices.torch_devices import has_float64
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, ModelSpec, MoeSpec, RopeSpec
 from elasticmoe.services.worker.backends.answers import WeightedSum, add_up
 from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice
@@ -53,6 +54,7 @@ class ComputeBackend(ABC):
     """One rank's. For one thread at a time.
 
     `device`: where its tensors lie. `is_synchronous`: nothing is ever in flight when an operation has returned.
+    `has_float64`: tensors there may be float64.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ComputeBackend(ABC):
         self._tell_waiting = tell_waiting
         self.device = device
         self.is_synchronous = device.type == "cpu"
+        self.has_float64 = has_float64(device)
 
     # ---- buffers and the queue
 

@@ -6,7 +6,7 @@ Shape suffixes: B sequences, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,9 @@ NEVER: Final = -3.4e38  # the logit of a token that may not come: finite, as all
 
 TEMPERATURES: Final = (1e-6, 1e6)
 
-Numbers = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.number[Any]]
+"""One field of what is sent: rows, places and ids are int64, words of masks int32, what logits are changed by float32.
+None is carried as a number of another kind, which some device might round."""
 
 
 class Edits(NamedTuple):
@@ -94,8 +96,8 @@ def edit_fields(choices: Sequence[TokenChoice], vocab: int) -> dict[str, Numbers
             places[place] += [row * vocab + token for token, _ in inside]
             if number is not None:
                 numbers[number] += [value for _, value in inside]
-    fields = {name: np.array(values, dtype=np.float64) for name, values in {**places, **numbers}.items()}
-    return {name: values for name, values in fields.items() if len(values)}
+    fields: dict[str, Numbers] = {name: np.array(values, dtype=np.int64) for name, values in places.items() if values}
+    return fields | {name: np.array(values, dtype=np.float32) for name, values in numbers.items() if values}
 
 
 def mask_fields(choices: Sequence[TokenChoice], vocab: int) -> dict[str, Numbers]:
@@ -106,17 +108,16 @@ def mask_fields(choices: Sequence[TokenChoice], vocab: int) -> dict[str, Numbers
     bits_RN = np.zeros((len(rows), 4 * -(-vocab // 32)), dtype=np.uint8)
     for bits_N, row in zip(bits_RN, rows, strict=True):
         bits_N[: -(-vocab // 8)] = np.frombuffer(choices[row].allowed or b"", dtype=np.uint8)
-    words = bits_RN.view("<u4").astype(np.float64).reshape(-1)
-    return {"masked": np.array(rows, dtype=np.float64), "words": words}
+    return {"masked": np.array(rows, dtype=np.int64), "words": bits_RN.view("<i4").reshape(-1)}
 
 
 def apply_masks(logits_BV: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> None:
     """Change logits in place by what `mask_fields` has made, where they lie."""
     if "masked" not in fields:
         return
-    rows, vocab = fields["masked"].long(), logits_BV.shape[1]
-    words_RW = fields["words"].long().view(len(rows), -1)
-    places = torch.arange(32, device=words_RW.device)
+    rows, vocab = fields["masked"], logits_BV.shape[1]
+    words_RW = fields["words"].view(len(rows), -1)
+    places = torch.arange(32, dtype=torch.int32, device=words_RW.device)
     allowed_RV = ((words_RW[:, :, None] >> places) & 1).bool().view(len(rows), -1)[:, :vocab]
     logits_BV.index_copy_(0, rows, torch.where(allowed_RV, logits_BV.index_select(0, rows), NEVER))
 
@@ -133,14 +134,14 @@ def apply_edits(logits_BV: torch.Tensor, fields: Mapping[str, torch.Tensor]) -> 
 
     def change(places: str, numbers: str, by: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         if places in fields:
-            at = fields[places].long()
-            changed = by(flat.index_select(0, at), fields[numbers].float())
+            at = fields[places]
+            changed = by(flat.index_select(0, at), fields[numbers])
             flat.index_copy_(0, at, changed.clamp_(-LARGEST, LARGEST))
 
     if "biased" in fields:  # a token may have several
-        flat.index_add_(0, fields["biased"].long(), fields["biases"].float())
+        flat.index_add_(0, fields["biased"], fields["biases"])
     change("biased", "biases", lambda logits, _: logits)
     change("seen", "repetitions", lambda logits, by: torch.where(logits > 0, logits / by, logits * by))
     change("penalized", "penalties", lambda logits, by: logits - by)
     if "banned" in fields:
-        flat.index_fill_(0, fields["banned"].long(), NEVER)
+        flat.index_fill_(0, fields["banned"], NEVER)

@@ -14,6 +14,7 @@ from elasticmoe.services.worker.backends.accelerator.graphs import TorchRecorder
 from elasticmoe.services.worker.backends.accelerator.npu_kernels.kernel_set import NpuKernels
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.backends.host import HostBackend
+from elasticmoe.services.worker.backends.tensors import TensorBackend
 from elasticmoe.services.worker.backends.torch import TorchBackend
 
 TellWaiting = Callable[[bool], None] | None
@@ -65,4 +66,7 @@ def open_backend(
     compute on which devices says COMPUTES (common/layout.py). `tell_waiting`: see ComputeBackend. Raises ConfigError
     no_compute where a package, or an operator of one, is missing that it needs, or where it cannot round and is to."""
     check_activations(name, options.activations)
-    return BACKENDS[name](tell_waiting, device, options)
+    backend = BACKENDS[name](tell_waiting, device, options)
+    if isinstance(backend, TensorBackend) and not backend.has_float64:
+        backend.sampler = HostBackend()
+    return backend

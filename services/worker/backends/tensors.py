@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec
@@ -17,17 +18,21 @@ from elasticmoe.services.worker.backends.base import ComputeBackend, check_norms
 from elasticmoe.services.worker.backends.choice import Chosen, Judged, Numbers, TokenChoice
 
 STORED: Final = (torch.float32, torch.bfloat16)
+_SENT: Final = {np.dtype(str(dtype).removeprefix("torch.")): dtype for dtype in torch_sampling.SENT}
 
 
 class TensorBackend(ComputeBackend):
-    """See ComputeBackend. `device`: any that torch computes on."""
+    """See ComputeBackend. `device`: any that torch computes on. `sampler`: a backend of the host's, which draws and
+    judges rows of a device that has no float64; whoever opens a backend on one gives it."""
+
+    sampler: ComputeBackend | None = None
 
     def __init__(
         self, tell_waiting: Callable[[bool], None] | None = None, device: torch.device = torch.device("cpu")
     ) -> None:
         """See ComputeBackend."""
         super().__init__(tell_waiting, device)
-        self._host_numbers = torch.empty(0, dtype=torch.float64)
+        self._host_words = torch.empty(0, dtype=torch.int32)
 
     def _synchronize(self) -> None:
         """See ComputeBackend."""
@@ -134,32 +139,57 @@ class TensorBackend(ComputeBackend):
     # ---- the choice of tokens
 
     def choose(self, logits_BV: torch.Tensor, choices: Sequence[TokenChoice]) -> list[Chosen]:
-        """See ComputeBackend. One transfer each way, and one wait, whatever the number of rows is."""
-        return torch_sampling.choose(logits_BV, choices, self._send_numbers, self._fetch_numbers)
+        """See ComputeBackend. One wait, whatever the number of rows is; and one transfer each way where the device has
+        float64."""
+        if self.has_float64:
+            return torch_sampling.choose(logits_BV, choices, self._send_fields, self._fetch_words)
+        return torch_sampling.choose_on_host(logits_BV, choices, self._send_fields, self._fetch, self._on_host())
 
     def judge(self, logits_NV: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[Judged]:
         """See ComputeBackend. One transfer each way, and one wait."""
-        return torch_sampling.judge(logits_NV, tokens, num_top, self._send_numbers, self._fetch_numbers)
+        if self.has_float64:
+            return torch_sampling.judge(logits_NV, tokens, num_top, self._send_fields, self._fetch_words)
+        (rows_NV,) = self._fetch(logits_NV)
+        return self._on_host().judge(rows_NV, tokens, num_top)
 
-    def _send_numbers(self, fields: Mapping[str, Numbers]) -> dict[str, torch.Tensor]:
-        """Copies on the device, once what is queued is done. Each send is followed by a fetch before the next one."""
-        lengths = [len(values) for values in fields.values()]
-        host = self._numbers(sum(lengths))
-        np.concatenate(list(fields.values()), out=host.numpy())
-        return dict(zip(fields, torch.split(host.to(self.device, non_blocking=True), lengths), strict=True))
+    def _on_host(self) -> ComputeBackend:
+        if self.sampler is None:
+            raise RuntimeError(f"{self.device} has no float64, and there is no sampler on the host")
+        return self.sampler
 
-    def _fetch_numbers(self, values: torch.Tensor) -> Numbers:
+    def _send_fields(self, fields: Mapping[str, Numbers]) -> dict[str, torch.Tensor]:
+        """Copies on the device, once what is queued is done. Each send is followed by a fetch before the next one. The
+        widest numbers lie first: all lie at multiples of their size."""
+        fields = dict(sorted(fields.items(), key=lambda field: -field[1].itemsize))
+        lengths = [values.nbytes // 4 for values in fields.values()]
+        host = self._words(sum(lengths))
+        np.concatenate([values.view(np.int32) for values in fields.values()], out=host.numpy())
+        sent = torch.split(host.to(self.device, non_blocking=True), lengths)
+        return {
+            name: words.view(_SENT[values.dtype]) for (name, values), words in zip(fields.items(), sent, strict=True)
+        }
+
+    def _fetch_words(self, words: torch.Tensor) -> npt.NDArray[np.int32]:
         """Blocks until they are there."""
-        host = self._numbers(len(values)).copy_(values, non_blocking=True)
+        host = self._words(len(words)).copy_(words, non_blocking=True)
         self.fence()
         return host.numpy().copy()
 
-    def _numbers(self, count: int) -> torch.Tensor:
-        """Of the host's, which transfers need not stage. Each call's are the same memory: the device takes and gives in
-        its order."""
-        if count > len(self._host_numbers):
-            self._host_numbers = torch.empty(count, dtype=torch.float64, pin_memory=self.device.type != "cpu")
-        return self._host_numbers[:count]
+    def _fetch(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        """Copies in the host's memory. Blocks until they are there."""
+        is_pinned = self.device.type != "cpu"
+        copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned) for tensor in tensors]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        self.fence()
+        return copies
+
+    def _words(self, count: int) -> torch.Tensor:
+        """Of the host's memory, 4 bytes each, which transfers need not stage. Each call's are the same: the device
+        takes and gives in its order."""
+        if count > len(self._host_words):
+            self._host_words = torch.empty(count, dtype=torch.int32, pin_memory=self.device.type != "cpu")
+        return self._host_words[:count]
 
 
 def looked_up(table_VH: torch.Tensor, token_ids_N: torch.Tensor, first: int, end: int) -> torch.Tensor:
