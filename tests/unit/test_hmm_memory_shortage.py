@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 BUDGET = 32 << 20
 LOG = get_logger("test")
-WAIT_S = 10.0
+WAIT_S = 60.0
 ALLOCATE, WRITE_FROM = host.allocate, host.write_from
 
 

@@ -251,7 +251,7 @@ async def test_a_refusal_has_its_own_code(body: bytes, error: str) -> None:
 
 
 async def test_a_server_that_falls_silent_has_failed() -> None:
-    sample, text = await answered(OK + TOKEN, silence_s=2.0, is_left_open=True)
+    sample, text = await answered(OK + TOKEN, silence_s=10.0, is_left_open=True)
     assert (sample.error, text, len(sample.arrivals)) == (TIMED_OUT, "a", 1)
 
 

@@ -464,8 +464,17 @@ async def test_the_stream_has_ids_and_kinds(listener: Listener) -> None:
     task = asyncio.create_task(listener.call("GET", "/v1/events"))
     while not listener.events._listeners:
         await asyncio.sleep(0.001)
+    after, is_taken = listener.events._after, asyncio.Event()
+
+    def taken(*given: Any) -> Any:
+        found = after(*given)
+        if found:
+            is_taken.set()
+        return found
+
+    listener.events._after = taken  # type: ignore[method-assign]
     listener.events.publish(event("second"))
-    await asyncio.sleep(0.05)
+    await asyncio.wait_for(is_taken.wait(), 60)
     listener.events.close()
     answer = await asyncio.wait_for(task, 60)
     assert answer.headers["content-type"].startswith("text/event-stream")

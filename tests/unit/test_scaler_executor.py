@@ -32,6 +32,7 @@ from elasticmoe.services.scaler.policy.record import PolicyRecord, changed
 from elasticmoe.services.scaler.store import journal as journal_module
 from elasticmoe.services.scaler.store.journal import Journal
 from tests.clocks import PlayedClock
+from tests.procs.waiting import wait_until
 from tests.unit.reserves import NO_RESERVE
 from tests.unit.transitions import DOWN, SEATS, UP, World, operation_of
 
@@ -97,8 +98,7 @@ class FakeStore:
         self._write("events", [*self.events, event])
 
     def wait(self, condition: Callable[[], bool]) -> None:
-        with self.changed:
-            assert self.changed.wait_for(condition, 60)
+        wait_until(condition, "what the journal writes", 60.0)
 
 
 class FakePeers:
@@ -213,8 +213,7 @@ def test_an_operation_runs_to_its_end_and_is_kept(make: Callable[[World], Scene]
     assert scene.world.layout == plan.after
     ended = scene.executor.ended[0]
     assert (ended.phase, ended.plan, ended.op_id) == ("done", None, "op")
-    scene.store.wait(lambda: scene.store.ended == [ended])
-    assert scene.store.operation is None
+    scene.store.wait(lambda: scene.store.ended == [ended] and scene.store.operation is None)
     assert scene.told[0][0] == "operation_accepted"
     assert scene.told[-1] == ("operation_ended", "done")
 

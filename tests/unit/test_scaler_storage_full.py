@@ -252,8 +252,7 @@ def test_what_was_given_up_is_reserved_again_once_the_store_has_found_room(scene
     scene.journal.put(operation)
     wait_until(lambda: not scene.file.exists(), "it was given up")
     scene.store.error = None
-    wait_until(scene.file.exists, "it is reserved again")
-    assert scene.file.stat().st_size == bytes_of(operation)
+    wait_until(lambda: scene.file.exists() and scene.file.stat().st_size == bytes_of(operation), "it is reserved again")
     scene.store.error = FULL
     scene.journal.put(msgspec.structs.replace(operation, phase="commit"))
     wait_until(lambda: not scene.file.exists(), "it was given up once more")
