@@ -6,8 +6,9 @@ is held, and who is killed meanwhile. `hmm.staged.before/2` is a point in the se
 what they get must be exact, and nobody may get an error but where the router is killed, whose own clients' connections
 end with it. The ranks of a killed pool serve on, each of them.
 
-By default every third point is taken, once, with victims in turn (some three minutes on two cores). Every point once,
-and the whole product (`-n 2`: an hour on two cores):
+By default every third point is taken, once, with victims in turn (some three minutes on two cores); with replicas of
+two ranks, points at which their ranks are killed, and one for each service. Every point once, and the whole product
+(`-n 2`: an hour on two cores):
 
     pytest -m "soak or procs" tests/procs/test_kill_matrix.py -k each_point
     pytest -m soak tests/procs/test_kill_matrix.py
@@ -55,6 +56,7 @@ BACK: dict[str, dict[str, Any]] = {"up": {"remove": [2]}, "down": {"replicas": 3
 ATTEMPTS = 5
 CLIENTS = 6
 SHARE = 3  # of the points, one in so many is taken by default
+SHARE_OF_TWO = 10  # the same, of those with replicas of two ranks at which a service is killed
 LAYOUTS = {"up": ([0, 1], [0, 1, 2]), "down": ([0, 1, 2], [0, 1])}  # before and after
 MAY_FAIL = {  # what a request may get that is under way when this victim dies, or comes before it is back
     "router": frozenset({"connection", "not_ready", "shutting_down"}),
@@ -154,6 +156,11 @@ def chosen_cells() -> list[Cell]:
     ups = [cell for cell in cells.values() if cell.kind == "up"]
     downs = [cell for cell in cells.values() if cell.kind == "down"]
     return [cell for pair in zip_longest(ups, downs) for cell in pair if cell is not None]
+
+
+def cells_of_services() -> list[Cell]:
+    """Of the chosen ones those whose victim is a service, each service's together."""
+    return [cell for service in SERVICES for cell in chosen_cells() if cell.victim == service]
 
 
 class Stage:
@@ -417,6 +424,18 @@ async def test_the_pool_is_killed_while_a_rank_comes_or_goes(stage: Stage, cell:
     ids=str,
 )
 async def test_a_rank_of_two_is_killed(stage_of_two: Stage, cell: Cell) -> None:
+    await check_cell(stage_of_two, cell)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(cell, marks=[] if at % SHARE_OF_TWO == 4 else [pytest.mark.soak])  # each service once
+        for at, cell in enumerate(cells_of_services())
+    ],
+    ids=str,
+)
+async def test_a_service_is_killed_beside_ranks_of_two(stage_of_two: Stage, cell: Cell) -> None:
     await check_cell(stage_of_two, cell)
 
 

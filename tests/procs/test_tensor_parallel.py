@@ -12,7 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from elasticmoe.cli.models import configs, random_checkpoint
+from elasticmoe.common.families import load_spec
 from tests.procs.clients import Load, check_load_against_oracle
+from tests.procs.collector import Collector, collecting
 from tests.procs.deployment import Deployment
 from tests.procs.gaps import TimedLoad
 from tests.procs.greedy import OUTPUT_TOKENS, greedy
@@ -22,6 +25,9 @@ from tests.procs.waiting import wait_until
 pytestmark = pytest.mark.procs
 
 STEP_TOKENS = 128
+BLOCK_SIZE = 16
+# So wide that 4 MiB of KV hold 256 tokens of a rank of two: an accelerator has no less.
+WIDE = configs.TINY_MIXTRAL | {"num_hidden_layers": 2, "head_dim": 1024}
 ORACLE: dict[str, Any] = {
     "tp": 2,
     "max_sequences": 16,
@@ -49,13 +55,13 @@ def lose(deployment: Deployment, names: list[str], number: signal.Signals) -> No
         raise AssertionError(f"{error}\n{deployment.explain()}") from None
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
     ("name", "tp", "replicas", "compute"),
     [
-        ("tiny-mixtral", 2, 2, "auto"),
-        pytest.param("tiny-olmoe", 2, 1, "torch", marks=pytest.mark.slow),
-        pytest.param("tiny-deepseek-v2", 4, 1, "auto", marks=pytest.mark.slow),
+        ("tiny-olmoe", 2, 1, "torch"),
+        ("tiny-deepseek-v2", 4, 1, "auto"),
     ],
 )
 def test_greedy_tokens_equal_transformers(
@@ -77,6 +83,47 @@ def test_greedy_tokens_equal_transformers(
     check_integrity(deployment)
     report = deployment.stop()
     assert sorted(request.tokens for request in report.requests.values()) == sorted(greedy(model_folder(name), prompts))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.timeout(180)
+def test_greedy_tokens_equal_transformers_where_kv_is_shared_and_taken(tmp_path: Path) -> None:
+    """Each replica's KV holds one of two long prompts, so that some lose their blocks and are computed again; all
+    have the same beginning, which those that come later find in the prefix cache."""
+    model = random_checkpoint(tmp_path / "model", WIDE, seed=3, dtype="float32", tokenizer=True)
+    rng = random.Random(3)
+    beginning, fresh = ([rng.randrange(256) for _ in range(length)] for length in (2 * BLOCK_SIZE, 150))
+    long = [beginning + [at, *fresh[: 110 + at]] for at in range(4)]
+    short = [beginning + [at, *fresh[:at]] for at in range(4)] + [fresh[:1], fresh[:31], fresh[:32], fresh[:33]]
+    block_bytes = load_spec(model, "float32", 2).kv_block_bytes(BLOCK_SIZE)
+    settings = {"max_tokens_per_step": 32, "max_model_len": 256, "tp": 2, "block_size": BLOCK_SIZE}
+    settings["kv_bytes"] = 256 // BLOCK_SIZE * block_bytes
+    with collecting() as collector:
+        deployment = Deployment(model, replicas=3, devices=6, otlp_endpoint=collector.url, **settings)
+        try:
+            deployment.wait_ready()
+            assert {rank["kv_blocks"] for rank in deployment.admin("/v1/layout")["ranks"]} == {256 // BLOCK_SIZE}
+            prefills = [
+                prefills_of(deployment, collector, name, prompts) for name, prompts in (("a", long), ("b", short))
+            ]
+            check_integrity(deployment)
+            report = deployment.stop()
+        finally:
+            deployment.discard()
+    assert any(facts["elasticmoe.preemptions"] for facts in prefills[0])
+    assert any(facts["elasticmoe.cached_tokens"] and not facts["elasticmoe.preemptions"] for facts in prefills[1])
+    assert sorted(request.tokens for request in report.requests.values()) == sorted(greedy(model, long + short))
+
+
+def prefills_of(
+    deployment: Deployment, collector: Collector, request_id: str, prompts: list[list[int]]
+) -> list[dict[str, Any]]:
+    """What is traced of the computing of prompts that come in one request."""
+    body = {"model": "model", "prompt": prompts, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
+    options: dict[str, Any] = {"json": body, "headers": {"x-request-id": request_id}}
+    answer = httpx.post(deployment.base_url + "/v1/completions", timeout=60, trust_env=False, **options)
+    assert answer.status_code == 200, answer.text
+    return [span.facts for span in collector.within(collector.request(request_id))["prefill"]]
 
 
 async def test_it_scales_under_load_and_streams_are_exact(

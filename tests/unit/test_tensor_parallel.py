@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,10 @@ import torch
 
 from elasticmoe.cli.models import random_checkpoint
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
+from elasticmoe.services.worker.backends.factory import BackendOptions
 from elasticmoe.services.worker.backends.host import HostBackend
 from elasticmoe.services.worker.backends.torch import TorchBackend
+from elasticmoe.services.worker.exchange.base import Exchange
 from elasticmoe.services.worker.model.batch import BatchPart
 from tests.unit.backends import ON_CPU, QueuedBackend
 from tests.unit.exchanges import KINDS
@@ -100,15 +105,56 @@ def run_once(directory: Path, size: int, chunk: int, others: bool, **options: An
     return streams[0][0].tokens, logits[id(streams[0][0])]
 
 
-@pytest.mark.parametrize("name", FEW)
-def test_placement_and_company_change_no_bit(name: str, checkpoints: Checkpoints, backend: Backend) -> None:
-    """Nor do chunks: rows are split over a replica's ranks in other ways then."""
-    directory, _ = checkpoints[name]
-    cases = ((1, 40, False), (2, 5, True), (3, 11, True), (2, 1, False))
-    runs = [run_once(directory, size, chunk, others, backend=backend, tp=2) for size, chunk, others in cases]
+def check_bits(directory: Path, cases: tuple[tuple[int, int, bool], ...], **options: Any) -> torch.Tensor:
+    """Tokens and logits of a stream are the same in all cases of (replicas, chunk, others); the logits."""
+    runs = [run_once(directory, size, chunk, others, tp=2, **options) for size, chunk, others in cases]
     for tokens, logits in runs[1:]:
         assert tokens == runs[0][0]
         assert torch.equal(logits, runs[0][1])
+    return runs[0][1]
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_placement_and_company_change_no_bit(name: str, checkpoints: Checkpoints, backend: Backend) -> None:
+    """Nor do chunks: rows are split over a replica's ranks in other ways then."""
+    check_bits(checkpoints[name][0], ((1, 40, False), (2, 5, True), (3, 11, True), (2, 1, False)), backend=backend)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_nor_do_they_with_weights_and_kv_of_bfloat16(
+    name: str, checkpoints: Checkpoints, backend: Callable[..., ComputeBackend]
+) -> None:
+    """As deployments have them where nobody says otherwise; also where activations are rounded."""
+    directory, cases = checkpoints[name][0], ((1, 40, False), (2, 5, True))
+    rounding = partial(backend, options=BackendOptions(activations="bfloat16"))
+    plain, rounded = (check_bits(directory, cases, backend=made, dtype="bfloat16") for made in (backend, rounding))
+    assert not torch.equal(plain, rounded)
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_token_is_sent_twice(name: str, size: int, checkpoints: Checkpoints) -> None:
+    """The experts of a layer get each token as often as it has chosen some, of all ranks of a replica together."""
+    ranks = Ranks(checkpoints[name][0], size, tp=2)
+    arrived = [count_arrivals(exchange) for exchange in ranks.exchanges]
+    streams = make_streams(size, (33, 9, 1))
+    ranks.step([[stream.part(len(stream.tokens), 1) for stream in row] for row in streams])
+    num_tokens = sum(len(stream.tokens) for row in streams for stream in row)
+    moe_layers = [layer for layer, count in enumerate(ranks.spec.num_experts_by_layer) if count]
+    assert sum(arrived, Counter()) == dict.fromkeys(moe_layers, num_tokens * ranks.spec.moe.top_k)
+
+
+def count_arrivals(exchange: Exchange) -> Counter[int]:
+    """Count from now on the rows that a rank's experts get, by layer."""
+    dispatch, arrived = exchange.dispatch, Counter[int]()
+
+    def counting(layer: int, *given: Any, **options: Any) -> int:
+        num_rows = dispatch(layer, *given, **options)
+        arrived[layer] += num_rows
+        return num_rows
+
+    exchange.dispatch = counting  # type: ignore[method-assign]
+    return arrived
 
 
 @pytest.mark.parametrize("name", FAMILIES)
