@@ -1,5 +1,5 @@
 """The admin listener as it is, before a deployment of hundreds of devices that is made up: `python -m
-tests.procs.page_stage 384` serves it for who wants to look."""
+tests.procs.page_stage 384` serves it for who wants to look; with `0 growing` behind that, in the midst of a growth."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
+from elasticmoe.common.capacity import MemoryForecast, Sizes
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.devices.names import LOCAL_HOST
 from elasticmoe.common.http.listener import bind
 from elasticmoe.common.layout import Layout, RankId, Seat
-from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, RankLoad
+from elasticmoe.common.protocol.scaler import DeviceStatus, HmmStatus, PoolRank, PoolStatus, RankLoad, TransitionStatus
 from elasticmoe.common.protocol.signals import RankWindow
 from elasticmoe.common.store import Event
 from elasticmoe.services.scaler.api.admin import build_app, serve
@@ -26,9 +29,12 @@ from elasticmoe.services.scaler.api.experts import ExpertLoads
 from elasticmoe.services.scaler.api.series import Series
 from elasticmoe.services.scaler.api.snapshot import StatusCache, StatusSnapshot
 from elasticmoe.services.scaler.cluster import Cluster, HostStatus, in_force
-from elasticmoe.services.scaler.control.admission import CommandQueue
+from elasticmoe.services.scaler.control.admission import Accepted, Command, CommandQueue, Order, accept
 from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.metrics import Meters
+from elasticmoe.services.scaler.operation.operation import Operation, Request, planned_of
+from elasticmoe.services.scaler.planning.plan import Target
+from elasticmoe.services.scaler.planning.planner import make_plan
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.figures import Signals, Throughput
 from elasticmoe.services.scaler.policy.record import PolicyRecord
@@ -38,18 +44,22 @@ from elasticmoe.services.scaler.policy.state import Evidence, Reason
 GIB = 1 << 30
 LAYERS, EXPERTS, BLOCKS = 24, 128, 4_000
 TURN_S = 0.25
+SIZES = Sizes(GIB // 4, (GIB // 32,) * LAYERS, (GIB // 128,) * LAYERS)
+MOVING = range(10)  # slots of ranks that hand a sequence over, while it grows
 
 
 class Stage:
-    """Serves until `close`. Every rank's load is another one in each turn."""
+    """Serves until `close`. Every rank's load is another one in each turn. `is_growing`: records are being copied to
+    the devices that were free."""
 
-    def __init__(self, num_devices: int, token: str, port: int = 0) -> None:
+    def __init__(self, num_devices: int, token: str, port: int = 0, *, is_growing: bool = False) -> None:
         self._num = num_devices
         self._random = random.Random(1)
         used = max(1, num_devices - num_devices // 8)
         seats = tuple(Seat(RankId(slot, 0), slot, f"host:{slot}") for slot in range(used))
         homes = tuple(tuple((expert * used // EXPERTS,) for expert in range(EXPERTS)) for _ in range(LAYERS))
         self._layout = Layout(3, 1, seats, homes)
+        self._operation = self._growth() if is_growing else None
         self._running = [self._random.randint(0, 24) for _ in seats]
         self.series, self.events, self.commands = (
             Series("stage"),
@@ -94,9 +104,34 @@ class Stage:
         while not self._ended.wait(TURN_S):
             turn += 1
             self.status_cache.snapshot = self._snapshot(turn)
+            self.commands.serve(self._answer)
             if turn % 20 == 1:
                 self._route(turn)
             self.series.note(self.status_cache.snapshot, time.monotonic(), time.time())
+
+    def _growth(self) -> Operation:
+        """A growth to all devices, whose first leg is being copied."""
+        names = [f"host:{number}" for number in range(self._num)]
+        used = dict.fromkeys(names[: len(self._layout.seats)], 9)
+        memory = MemoryForecast(dict.fromkeys(names, 48 * GIB), 27 * GIB, GIB // 8, GIB, 2, used)
+        target = Target(devices=tuple(names))
+        plan = make_plan(self._layout, target, SIZES, memory, names)
+        order = Order("op-stage", Request(devices=target.devices), target)
+        begun = accept(order, order.op_id, plan, planned_of(plan, SIZES), time.time())
+        return msgspec.structs.replace(begun, phase="prepare", why="the HMM copies")
+
+    def _answer(self, order: Command) -> Accepted:
+        """What a dry run of the growth is answered with."""
+        assert isinstance(order, Order), order
+        assert order.is_dry_run, order
+        assert self._operation is not None, "nothing is planned here"
+        return Accepted(self._operation, self._operation.plan)
+
+    def _copying(self) -> TransitionStatus | None:
+        if self._operation is None:
+            return None
+        total = self._operation.current_leg().bytes_copied
+        return TransitionStatus(self._operation.transition_id, 4, "copying", (), total // 3, total, {})
 
     def _route(self, turn: int) -> None:
         """What each rank tells of its experts: some are asked for much more often than others."""
@@ -137,6 +172,7 @@ class Stage:
         wave = 0.5 + 0.4 * math.sin(turn / 300)
         devices = tuple(self._device(number) for number in range(self._num))
         hmm = HmmStatus("ready", 1, 1, None, devices, 1, self._layout.slots, True, layout=self._layout)
+        hmm = msgspec.structs.replace(hmm, transition=self._copying())
         ranks = tuple(
             PoolRank(seat.rank, seat.slot, seat.device, f"rank-{seat.rank}:0", 1000 + seat.slot, True, 31.0)
             for seat in self._layout.seats
@@ -163,6 +199,7 @@ class Stage:
             cluster=Cluster(hosts, in_force(hosts, None, self._layout)),
             fence=1,
             config={},
+            operation=self._operation,
             loads={seat.slot: self._load(seat, wave) for seat in self._layout.seats},
             instance="i-stage",
             policy=PolicyRecord(1, PolicyConfig(), PolicyConfig()),
@@ -186,7 +223,8 @@ class Stage:
     def _load(self, seat: Seat, wave: float) -> RankLoad:
         running = self._running[seat.slot]
         free = max(0, BLOCKS - int(running * 90 * wave) - 200)
-        return RankLoad(seat.rank, "r", running, running // 9, 0, 0, 0, free, BLOCKS, False, None, 1, 3)
+        moving = int(self._operation is not None and seat.slot in MOVING)
+        return RankLoad(seat.rank, "r", running, running // 9, moving, 0, 0, free, BLOCKS, False, None, 1, 3)
 
 
 def _decided(at: int, reason: Reason, target: int | None) -> Decided:
@@ -205,9 +243,9 @@ def _decided(at: int, reason: Reason, target: int | None) -> Decided:
 
 
 @contextmanager
-def staged(num_devices: int) -> Iterator[str]:
+def staged(num_devices: int, *, is_growing: bool = False) -> Iterator[str]:
     """The same in a process of its own; its address."""
-    argv = [sys.executable, "-m", "tests.procs.page_stage", str(num_devices)]
+    argv = [sys.executable, "-m", "tests.procs.page_stage", str(num_devices), "0", *["growing"][: int(is_growing)]]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -219,7 +257,8 @@ def staged(num_devices: int) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    stage = Stage(int(sys.argv[1]), "stage", int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+    port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    stage = Stage(int(sys.argv[1]), "stage", port, is_growing="growing" in sys.argv[3:])
     print(f"http://127.0.0.1:{stage.port}/#token=stage", flush=True)
     sys.stdin.readline()
     stage.close()

@@ -30,7 +30,8 @@ def kill_in_an_exchange(elastic: Elastic, rank: str) -> None:
     old = elastic.deployment.rank_pids()[rank]
     elastic.points.arm(f"rank.combine@{rank}", "die")
     assert elastic.points.wait_hit(f"rank.combine@{rank}") == old
-    wait_until(lambda: elastic.deployment.rank_pids().get(rank) not in (None, old), "another process in the seat", 120.0)
+    deployment = elastic.deployment
+    wait_until(lambda: deployment.rank_pids().get(rank) not in (None, old), "another process in the seat", 120.0)
     elastic.deployment.wait_serving()
 
 

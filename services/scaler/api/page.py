@@ -44,6 +44,7 @@ _FILES = (
     "charts.js",
     "tiles.js",
     "operation.js",
+    "moves.js",
     "views/now.js",
     "views/experts.js",
     "views/transition.js",

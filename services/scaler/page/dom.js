@@ -18,6 +18,14 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** An element of a drawing: as `h`, in SVG's namespace, without listeners. */
+export function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children.flat(Infinity));
+  return element;
+}
+
 /** Set an element's text, where it is another one: a reader of screens hears nothing twice. */
 export function setText(element, text) {
   if (element.textContent !== text) element.textContent = text;

@@ -2,6 +2,7 @@
 
 import { badge, h, table } from "./dom.js";
 import { bytes, clock, number, plural, seconds, UNKNOWN, words } from "./format.js";
+import { planMoves } from "./moves.js";
 
 const OUTCOMES = { done: "ok", cancelled: "warn", aborted: "bad" };
 const PHASES = ["plan", "prepare", "commit", "migrate", "release"];
@@ -97,7 +98,7 @@ function comparison({ planned, figures, elapsed_s: elapsed }) {
   const pause = figures.flip_s_max === null ? UNKNOWN : seconds(figures.flip_s_max);
   return table(
     "Planned beside measured",
-    ["", "planned", "measured"],
+    ["figure", "planned", "measured"],
     [
       ["time", seconds(planned.seconds), seconds(elapsed)],
       ["longest pause of a stream", seconds(planned.pause_ms / 1000), pause === UNKNOWN ? UNKNOWN : `at most ${pause}`],
@@ -170,6 +171,7 @@ export function planView(plan) {
         `${bytes(planned.bytes_before)} → ${bytes(planned.bytes_after)}`,
       ),
     ),
+    planMoves(plan.legs),
     moving({ planned }),
   );
 }

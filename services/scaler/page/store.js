@@ -6,6 +6,7 @@
  * series: by step, { at, columns }; step: that is shown
  * policy, decisions, operations, operation, layout, experts, processes: as the API answers them; null before;
  *   last: `operations` with the newest one only
+ * route: { opId, legs } of a plan, for the operation that carries it out; null where this page has seen none
  * asOf: by name, of `now` and of those, when it was right, in ms; Infinity: it still is
  * events: [{ id, event }], newest first; isPastTold: those that there were have come; eventsRefused: why none come
  * words: of reasons and events
@@ -23,6 +24,7 @@ export function createStore() {
     operations: null,
     operation: null,
     last: null,
+    route: null,
     asOf: {},
     layout: null,
     experts: null,

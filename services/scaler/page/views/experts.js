@@ -21,6 +21,7 @@ function build() {
     class: "map",
     tabindex: "0",
     role: "img",
+    "aria-label": "Map of layers by experts, not known yet",
     onkeydown: move,
     onmousemove: point,
     onfocus: tell,

@@ -1,0 +1,259 @@
+"""The web page while records and sequences move: who sends what to whom, as the plan in force has it, and whether
+everybody can read it. Operations of a real deployment are held in their midst."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from scripts.browser import Browser, why_not
+from tests.procs.deployment import Deployment
+from tests.procs.failpoints import Failpoints
+from tests.procs.page import VIEWS, Page
+from tests.procs.page_stage import MOVING, staged
+
+pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
+
+SETTINGS: dict[str, Any] = {
+    "max_sequences": 16,
+    "kv_bytes": 4 << 20,
+    "device_bytes": 64 << 20,
+    "granularity": 1 << 20,
+    "standbys": 2,
+}
+PAIRS_SHOWN = 12  # services/scaler/page/moves.js
+WIDTHS = (1280, 380)
+THEMES = ("light", "dark")
+_TABLE = """
+const table = [...document.querySelectorAll("table")].find((one) => one.caption.textContent === arguments[0]);
+const rows = table === undefined ? [] : [...table.tBodies[0].rows];
+return rows.map((row) => [...row.cells].map((cell) => cell.textContent));
+"""
+_ARROWS = """
+const arrows = [...document.querySelectorAll(arguments[0] + " path")];
+return arrows.map(({ dataset }) => [dataset.from, dataset.to, dataset.records]);
+"""
+_NUMBERS = """
+const [values, done] = arguments;
+import("/page/format.js").then(({ bytes }) => done(values.map(bytes)), (error) => done([String(error)]));
+"""
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> Failpoints:
+    return Failpoints(tmp_path_factory.mktemp("failpoints"))
+
+
+@pytest.fixture(scope="module")
+def deployment(model_folder: Any, points: Failpoints) -> Iterator[Deployment]:
+    fixed = {**SETTINGS, "failpoint_dir": points.folder}
+    deployment = Deployment(model_folder("oracle"), replicas=2, devices=4, **fixed).wait_ready()
+    try:
+        yield deployment
+        deployment.stop()
+    finally:
+        points.forget()
+        deployment.discard()
+
+
+@pytest.fixture(autouse=True)
+def nobody_is_held(points: Failpoints) -> Iterator[None]:
+    """Whatever a test has held goes on when it has failed."""
+    yield
+    points.forget()
+
+
+def pairs_of(leg: dict[str, Any]) -> list[list[str]]:
+    """By pair of devices, how many records go from one to the other, and how many of them are experts."""
+    records = Counter((source or "checkpoint", target) for _, source, target in leg["copies"])
+    experts = Counter((source, target) for name, source, target in leg["copies"] if name.startswith("expert."))
+    return [[*pair, str(count), str(experts[pair])] for pair, count in records.items()]
+
+
+def in_bytes(page: Page, *values: int) -> list[str]:
+    """As the page writes them."""
+    texts: list[str] = page.browser.driver.execute_async_script(_NUMBERS, values)
+    return texts
+
+
+def plan_of(deployment: Deployment, **order: Any) -> dict[str, Any]:
+    status, plan = deployment.admin_call("POST", "/v1/scale", {**order, "dry_run": True})
+    assert status == 200, plan
+    assert isinstance(plan, dict)
+    return plan
+
+
+def check_everybody_can_read(page: Page, what: str) -> None:
+    """In both themes, wide and narrow: axe finds nothing, and nothing overflows."""
+    browser = page.browser
+    try:
+        for theme in THEMES:
+            browser.theme(theme)
+            for width in WIDTHS:
+                browser.size(width, 900)
+                assert page.violations() == [], f"{what}, {theme}, {width}"
+                assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), f"{what}, {width}"
+    finally:
+        browser.size(1280, 900)
+        browser.theme("light")
+
+
+def wait_moves(page: Page, plan: dict[str, Any], leg: int) -> None:
+    """Until the operation in progress shows that leg's pairs, in words and as arrows."""
+    expected = sorted(pairs_of(plan["legs"][leg - 1]))
+    assert expected, "something moves in it"
+    legs = len(plan["legs"])
+    caption = f"Leg {leg} of {legs}: records by device" if legs > 1 else "Records by device"
+    seen: list[Any] = []
+
+    def are_shown() -> bool:
+        arrows = sorted(page.browser.run(_ARROWS, ".moves"))
+        rows = page.browser.run(_TABLE, caption)
+        seen[:] = [rows, arrows]
+        counts = [int(row[2]) for row in rows]
+        is_in_order = counts == sorted(counts, reverse=True)
+        return is_in_order and sorted(rows) == expected and arrows == [row[:3] for row in expected]
+
+    try:
+        page.browser.wait(are_shown, f"the pairs of leg {leg}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\nshown: {seen}\ntold: {expected}") from None
+
+
+def wait_bytes(page: Page, deployment: Deployment, op_id: str) -> None:
+    """Until the present leg's bytes, done and all, are the API's."""
+
+    def are_told() -> bool:
+        progress = deployment.admin(f"/v1/operations/{op_id}")["progress"]
+        done, total = in_bytes(page, progress["bytes_done"], progress["bytes_total"])
+        return f"{done} of {total} copied." in page.said(".moves .route-lead")
+
+    page.browser.wait(are_told, "the bytes are the API's")
+
+
+def preview(page: Page, replicas: int) -> None:
+    page.show("transition")
+    page.choose("#kind-replicas")
+    page.type("#replicas", str(replicas))
+    page.choose("#preview")
+    page.browser.one("#scale")
+
+
+def test_a_growth_shows_who_sends_what_from_leg_to_leg(page: Page, deployment: Deployment, points: Failpoints) -> None:
+    plan = plan_of(deployment, replicas=3)
+    preview(page, 3)
+    assert len({row[2] for row in pairs_of(plan["legs"][0])}) > 1, "one sends more than the other"
+    shown = page.browser.run(_ARROWS, ".plan")
+    assert sorted(shown) == sorted(row[:3] for leg in plan["legs"] for row in pairs_of(leg))
+    check_everybody_can_read(page, "a plan's preview")
+    points.arm("hmm.copy")
+    points.arm("scaler.leg2.prepare.before")
+    page.choose("#scale")
+    points.wait_hit("hmm.copy", 60)
+    op_id = deployment.admin("/v1/now")["operation"]
+    wait_moves(page, plan, 1)
+    wait_bytes(page, deployment, op_id)
+    check_everybody_can_read(page, "an operation in progress")
+    points.release("hmm.copy")
+    points.wait_hit("scaler.leg2.prepare.before", 60)  # it gets no further before the next leg is held too
+    points.arm("hmm.copy")
+    points.release("scaler.leg2.prepare.before")
+    points.wait_hit("hmm.copy", 60)
+    wait_moves(page, plan, 2)
+    wait_bytes(page, deployment, op_id)
+    page.open("transition")  # what this page had seen is gone, and the layout is another one
+    page.browser.wait(lambda: "not known here" in page.said("#untold"), "it says what it does not know")
+    assert not any(button.is_displayed() for button in page.browser.all("#whence"))
+    points.clear()
+    assert deployment.wait_operation(op_id)["outcome"] == "done"
+    page.browser.wait(lambda: page.browser.all(".operation[data-phase=done]"), "it is done")
+    page.browser.wait(lambda: not page.said(".moves"), "nothing moves any more")
+    check_everybody_can_read(page, "planned beside measured")
+
+
+def test_what_was_ordered_elsewhere_is_looked_up(page: Page, deployment: Deployment, points: Failpoints) -> None:
+    order = {"replicas": 4}
+    plan = plan_of(deployment, **order)
+    points.arm("hmm.copy")
+    op_id = deployment.order(**order)
+    points.wait_hit("hmm.copy", 60)
+    page.show("transition")
+    page.choose("#whence")
+    wait_moves(page, plan, 1)
+    assert deployment.admin("/v1/now")["operation"] == op_id  # it was only planned
+    status, answer = deployment.admin_call("DELETE", f"/v1/operations/{op_id}")
+    assert status == 202, answer
+    points.clear()
+    assert deployment.wait_operation(op_id)["outcome"] == "cancelled"
+
+
+def test_a_removal_ordered_elsewhere_is_looked_up(page: Page, deployment: Deployment, points: Failpoints) -> None:
+    if deployment.admin("/v1/now")["replicas"] == 2:
+        assert deployment.scale(replicas=3)["outcome"] == "done"
+    order = {"remove": ["r2"]}
+    plan = plan_of(deployment, **order)
+    page.show("transition")
+    points.arm("hmm.copy")
+    op_id = deployment.order(**order)
+    points.wait_hit("hmm.copy", 60)
+    page.choose("#whence")
+    wait_moves(page, plan, 1)
+    points.clear()
+    assert deployment.wait_operation(op_id)["outcome"] == "done"
+
+
+def test_the_token_s_form_can_be_read_by_everybody(page: Page) -> None:
+    page.browser.run("sessionStorage.clear()")
+    page.browser.open(page.url)
+    page.browser.one("#token")
+    check_everybody_can_read(page, "the token's form")
+    page.type("#token", "wrong")
+    page.choose("form button")
+    page.browser.wait(lambda: page.said("#token-refused"), "it is refused")
+    check_everybody_can_read(page, "a refused token")
+
+
+def test_a_stale_page_can_be_read_by_everybody(page: Page, deployment: Deployment) -> None:
+    pid = deployment.pids["scaler"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        page.browser.wait(lambda: "Stale" in page.said("#stale"), "the page says that it is stale")
+        check_everybody_can_read(page, "a stale page")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    page.wait_live()
+
+
+def test_hundreds_of_devices_can_be_read_by_everybody_in_every_view(browser: Browser) -> None:
+    with staged(384, is_growing=True) as url:
+        page = Page.after_another(browser, url, "stage")
+        for view in VIEWS:
+            page.show(view)
+            browser.wait(lambda: "Loading" not in browser.text(), "it is drawn")
+            check_everybody_can_read(page, view)
+        page.show("transition")
+        page.choose("#whence")
+        headers = {"Authorization": f"Bearer {page.token}"}
+        body = {"devices": [f"host:{number}" for number in range(384)], "dry_run": True}
+        plan = httpx.post(f"{url}/v1/scale", headers=headers, json=body, timeout=60, trust_env=False).json()
+        pairs = pairs_of(plan["legs"][0])
+        assert len(pairs) > 2 * PAIRS_SHOWN
+        browser.wait(lambda: len(browser.run(_ARROWS, ".moves")) == PAIRS_SHOWN, "the largest are shown")
+        shown = browser.run(_TABLE, "Records by device")
+        counts = sorted((int(row[2]) for row in pairs), reverse=True)
+        assert [int(row[2]) for row in shown] == counts[:PAIRS_SHOWN]
+        assert all(row in pairs for row in shown)
+        left = f"and {len(pairs) - PAIRS_SHOWN} further pairs, with {sum(counts[PAIRS_SHOWN:])} records"
+        assert page.said(".route-rest") == left
+        moving = browser.one(".sequences")
+        ranks = httpx.get(f"{url}/v1/now", headers=headers, timeout=60, trust_env=False).json()["ranks"]
+        assert moving.get_attribute("data-moving") == str(sum(rank[5] for rank in ranks)) == str(len(MOVING))
+        assert "others from 4 further devices" in moving.text
+        check_everybody_can_read(page, "a growth of hundreds")
+        page.check_quiet()
