@@ -41,11 +41,13 @@ class Orphans:
 
     def _reap(self, due: set[int] | None) -> None:
         """Of those that have ended, the ones that are `due`; None: all."""
+        self.reap_at = None  # who ends from here on is noted, or seen
         ended = {pid for pid, state in self._found() if state == "Z"}
         self._ended = set() if due is None else ended - due
         for pid in ended - self._ended:
             os.waitpid(pid, os.WNOHANG)
-        self.reap_at = time.monotonic() + LINGER_S if self._ended else None
+        if self._ended:
+            self.note_end()
 
     def end(self, grace_s: float, is_cut_short: Callable[[], bool]) -> int:
         """SIGTERM to all, SIGKILL after `grace_s` or when it is cut short, until none is left, also of those that they

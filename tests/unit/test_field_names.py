@@ -9,7 +9,7 @@ import pytest
 
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest
 from elasticmoe.services.router.api import messages_input, responses_input
-from elasticmoe.services.router.api.field_names import CHAT, FieldNames
+from elasticmoe.services.router.api.field_names import CHAT, COMPLETION_TOKENS, FieldNames
 from elasticmoe.services.router.api.messages_schemas import MessagesRequest
 from elasticmoe.services.router.api.responses_schemas import ResponsesRequest
 from elasticmoe.services.router.api.schemas import ChatRequest
@@ -106,6 +106,19 @@ def test_each_message_has_its_place_in_the_request(given: dict[str, Any], places
             "input",
         ),
         (InvalidRequest("messages[2] has audio", param="messages[2].audio"), "input[1] has audio", "input[1].audio"),
+        (
+            InvalidRequest(
+                "response_format.json_schema.schema has the keyword 'not' at /properties/max_tokens",
+                param="response_format.json_schema.schema",
+            ),
+            "text.format.schema has the keyword 'not' at /properties/max_tokens",
+            "text.format.schema",
+        ),
+        (
+            InvalidRequest("tools: parameters of max_tokens have no place", param="tools"),
+            "tools: parameters of max_tokens have no place",
+            "tools",
+        ),
         (InvalidRequest("n is 3, a prompt of 5", param="n"), "n is 3, a prompt of 5", "n"),
         (InvalidRequest("the body is no JSON"), "the body is no JSON", None),
         (InvalidRequest("ask for less, or set max_tokens", param="n"), "ask for less, or set max_output_tokens", "n"),
@@ -120,7 +133,11 @@ def test_an_error_is_told_in_the_words_of_the_request(error: InvalidRequest, tex
 
 @pytest.mark.parametrize(
     ("names", "what", "param"),
-    [(CHAT, "messages", "max_tokens"), (asked(RESPONSES)[1], "input", "max_output_tokens")],
+    [
+        (CHAT, "messages", "max_tokens"),
+        (COMPLETION_TOKENS, "messages", "max_completion_tokens"),
+        (asked(RESPONSES)[1], "input", "max_output_tokens"),
+    ],
 )
 def test_a_prompt_that_does_not_fit_is_called_by_its_name(names: FieldNames, what: str, param: str) -> None:
     with pytest.raises(ContextLengthExceeded, match=rf"\(5 in the {what}, 10 in the completion\)") as told:

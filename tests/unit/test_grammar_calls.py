@@ -334,3 +334,17 @@ def test_a_mark_in_an_argument_of_deepseeks_does_not_end_it() -> None:
     arguments = {"a": f'x{end}"\\{end}', "b": 1}
     call = f"{begin}f{separator}{json.dumps(arguments, ensure_ascii=False)}{end}"
     assert read("deepseek", f"<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>") == [("f", arguments)] * 2
+
+
+def test_two_that_are_too_large_together_are_both_named() -> None:
+    compiler, _ = tokens_of(has_marks=True)
+    form = {"enum": [f"{n:04d}{'x' * 20}" for n in range(3_000)]}
+    tool = WrittenTool("f", {"type": "object", "properties": {"a": form}, "additionalProperties": False})
+    alone, calls = Structure("json", json.dumps(form), "response_format"), forced("hermes", tool, is_single=True)
+    for each in (alone, calls):
+        compiler.compile(each, None)
+    with pytest.raises(
+        InvalidRequest, match=r"^response_format together with tool_choice makes a grammar of"
+    ) as refused:
+        compiler.compile(msgspec.structs.replace(alone, instead=calls), None)
+    assert (refused.value.code, refused.value.param) == ("grammar_too_large", "response_format")

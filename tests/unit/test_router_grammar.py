@@ -100,6 +100,7 @@ NAMED: dict[str, Any] = {"properties": {"a": {"type": "null"}}, "required": ["a"
         (MAP | {"minProperties": 2}, True),
         (MAP | NAMED | {"minProperties": 2}, False),
         (MAP | NAMED | {"minProperties": 3}, True),
+        (MAP | NAMED | {"minProperties": 3, "required": ["a", "a"]}, True),
         ({"type": "object", "minProperties": 2}, True),
         ({"patternProperties": {"^a": {"type": "null"}}, "additionalProperties": False, "minProperties": 2}, True),
         (NAMED | {"additionalProperties": False, "minProperties": 1}, False),

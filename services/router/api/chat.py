@@ -14,7 +14,7 @@ from elasticmoe.services.router.api.answer_reader import AnswerForm
 from elasticmoe.services.router.api.chat_renderer import ChatRenderer
 from elasticmoe.services.router.api.conversation import conversation_of
 from elasticmoe.services.router.api.docs import describe
-from elasticmoe.services.router.api.field_names import CHAT, FieldNames
+from elasticmoe.services.router.api.field_names import CHAT, COMPLETION_TOKENS, FieldNames
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.gate import caller_of, client_of, front_of, permit_of, request_id_of
 from elasticmoe.services.router.api.generate import Generation, counting_refusals, start, with_grammar
@@ -36,7 +36,8 @@ async def chat_completions(request: Request) -> Response:
     """Continue a conversation, as one answer or (`stream`) token by token."""
     front = front_of(request)
     raw = await body_of(request, _decoder)
-    chat = await start_chat(request, raw, kind="chatcmpl")
+    names = CHAT if raw.max_completion_tokens is None else COMPLETION_TOKENS
+    chat = await start_chat(request, raw, kind="chatcmpl", names=names)
     answer_id = f"chatcmpl-{request_id_of(request, raw.request_id)}"
     renderer = ChatRenderer(answer_id, front, chat.options, chat.form)
     return answer_of(front, chat, renderer)

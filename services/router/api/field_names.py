@@ -50,7 +50,9 @@ class FieldNames(NamedTuple):
         named = sorted(words & self.fields.keys(), key=len, reverse=True)
         text = _MESSAGE.sub(self._message, error.message)
         if named:
-            words_in_text = re.compile(rf"(?<![\w.'\"])(?:{'|'.join(map(re.escape, named))})(?![\w'\"])")
+            # Not those that a client's schema has: quoted, in a path, or as a tool's name.
+            before, after = r"(?<![\w.'\"/])(?<!parameters of )", r"(?![\w'\"])"
+            words_in_text = re.compile(f"{before}(?:{'|'.join(map(re.escape, named))}){after}")
             text = words_in_text.sub(lambda found: self.fields[found[0]], text)
         error.rename(text, error.param and self.of(error.param))
 
@@ -61,3 +63,4 @@ class FieldNames(NamedTuple):
 
 PLAIN = FieldNames({})
 CHAT = FieldNames({"prompt": "messages"})  # the prompt is what the template makes of them
+COMPLETION_TOKENS = FieldNames({**CHAT.fields, "max_tokens": "max_completion_tokens"})  # of a chat that says it so

@@ -53,9 +53,9 @@ def json_rule(schema: dict[str, Any]) -> str:
 
 
 def calls_in_json(structure: Structure) -> Structure | None:
-    """The same calls in a form of JSON, where theirs is none."""
+    """The same calls in a form of JSON, where theirs is none; of two, those that come instead."""
     if structure.kind != "calls":
-        return None
+        return None if structure.instead is None else calls_in_json(structure.instead)
     asked = msgspec.json.decode(structure.text, type=WrittenCalls)
     if asked.form not in _KEYED:
         return None
@@ -221,6 +221,7 @@ class _Form:
         named = next((word for word in ("const", "enum") if word in schema), None)
         kept = {named} if named else {"minLength", "maxLength", "pattern"}
         unread = sorted(set(schema) - _TEXT_WORDS - {"$defs", "definitions"} - kept)
+        unread.sort(key=lambda word: word != "format")  # whose readable times are further keywords
         if unread:
             beside = f" beside {named!r}" if named else ""
             raise self._refusal(f"cannot keep to the keyword {unread[0]!r} of a text{beside}")

@@ -14,10 +14,10 @@ import msgspec
 from elasticmoe.common.grammar import GrammarError, GrammarMatcher, GrammarTokens
 from elasticmoe.common.grammar_text import pack_grammar
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.common.protocol.limits import GRAMMAR_PACKED_BYTES_MAX
+from elasticmoe.common.protocol.limits import GRAMMAR_BYTES_MAX, GRAMMAR_PACKED_BYTES_MAX
 from elasticmoe.services.router.grammar.calls import calls_in_json, literal
 from elasticmoe.services.router.grammar.lark import grammar_of
-from elasticmoe.services.router.grammar.structure import Structure, Thought, check_size, too_large
+from elasticmoe.services.router.grammar.structure import Structure, Thought, too_large
 
 _UNSUPPORTED: Final = re.compile(r"Unimplemented keys|Unknown format|not supported|unsupported", re.IGNORECASE)
 _COMPLEX: Final = re.compile(r"too (complex|large|many|big|deep)|limit|fuel|exceed", re.IGNORECASE)
@@ -33,21 +33,34 @@ class GrammarCompiler:
 
     def compile(self, structure: Structure, thought: Thought | None) -> bytes:
         """The grammar's text, packed. Raises InvalidRequest with what is wrong with it."""
-        param = structure.param
+        plain = calls_in_json(structure)
+        if plain is not None:  # what is no schema is told by the library, which reads all of it there
+            self._packed(plain, None)
         try:
-            for part in _tried_alone(structure):
-                self._try(grammar_of(part, None, self._mark), part.param)
+            return self._packed(structure, thought)
+        except InvalidRequest:
+            if structure.instead is not None:  # the refusal names the one that is refused, where it is one
+                self._packed(msgspec.structs.replace(structure, instead=None), None)
+                self._packed(structure.instead, None)
+            raise
+
+    def _packed(self, structure: Structure, thought: Thought | None) -> bytes:
+        param, instead = structure.param, structure.instead
+        name = param if instead is None else f"{param} together with {instead.param}"
+        try:
             text = grammar_of(structure, thought, self._mark)
         except (InvalidRequest, MemoryError):
             raise
         except Exception as error:  # of the libraries that turn patterns to rules
-            text = f"{param} cannot be read: {' '.join(str(error).split())[:200]}"
+            text = f"{name} cannot be read: {' '.join(str(error).split())[:200]}"
             raise InvalidRequest(text, code="invalid_grammar", param=param) from None
-        check_size(text, param)
+        if (size := len(text.encode())) > GRAMMAR_BYTES_MAX:
+            limit = f"the limit is {GRAMMAR_BYTES_MAX}"
+            raise too_large(f"{name} makes a grammar of {size} bytes; {limit}", param)
         packed = pack_grammar(text)
         if len(packed) > GRAMMAR_PACKED_BYTES_MAX:
             limit = f"the limit is {GRAMMAR_PACKED_BYTES_MAX}"
-            raise too_large(f"{param} makes a grammar of {len(packed)} bytes, compressed; {limit}", param)
+            raise too_large(f"{name} makes a grammar of {len(packed)} bytes, compressed; {limit}", param)
         self._try(text, param)
         return packed
 
@@ -63,15 +76,6 @@ class GrammarCompiler:
     def _mark(self, text: str) -> str:
         token_id = self._ids.get(text)
         return literal(text) if token_id is None else f"<[{token_id}]>"
-
-
-def _tried_alone(structure: Structure) -> list[Structure]:
-    """What is tried before the whole is. Of two, each: a refusal names the one that is refused. What is no schema is
-    told by the library, which reads all of it in calls of JSON."""
-    if structure.instead is not None:
-        return [msgspec.structs.replace(structure, instead=None), *_tried_alone(structure.instead), structure.instead]
-    plain = calls_in_json(structure)
-    return [] if plain is None else [plain]
 
 
 def _refusal(error: GrammarError, param: str) -> InvalidRequest:

@@ -102,7 +102,8 @@ def _check_names(part: dict[str, Any], where: str, param: str) -> None:
     """Raises InvalidRequest for an object that has to have several names of its writer's own: the library lets it write
     one of them twice, and readers have one then."""
     least, required = part.get("minProperties"), part.get("required")
-    num_own = least - (len(required) if isinstance(required, list) else 0) if type(least) is int else 0
+    listed = {name for name in required if isinstance(name, str)} if isinstance(required, list) else ()
+    num_own = least - len(listed) if type(least) is int else 0
     if num_own > 1 and (part.get("additionalProperties") is not False or part.get("patternProperties")):
         place = f" at {where}" if where else ""
         text = f"{param} has minProperties {least}{place}: of names that are not listed one at most is supported"

@@ -13,8 +13,15 @@ const STROKES = { least: 1.5, most: 7 };
 const SAME = ["epoch_before", "epoch_after", "joining", "leaving", "experts_moved", "bytes_copied"];
 const SAME_OF_DEVICE = ["experts_in", "bytes_in", "experts_before", "experts_after"];
 
+const counted = new WeakMap(); // by a leg's copies: they are many, and looked at with each answer
+
 /** Pairs of devices with what goes from one to the other, the largest first. `copies`: of a leg, [record, from, to]. */
 export function pairsOf(copies) {
+  if (!counted.has(copies)) counted.set(copies, countPairs(copies));
+  return counted.get(copies);
+}
+
+function countPairs(copies) {
   const pairs = new Map();
   for (const [record, from, target] of copies) {
     const source = from || CHECKPOINT;
