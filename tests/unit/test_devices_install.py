@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 import pytest
@@ -9,10 +10,18 @@ import pytest
 from tests.devices import vendor
 
 
+def make(*words: str) -> subprocess.CompletedProcess[str]:
+    """As somebody types it: not as a part of the `make` that runs the tests."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "--no-print-directory", *words]
+    return subprocess.run(command, cwd=vendor.ROOT, capture_output=True, text=True, check=False, env=environment)
+
+
 def commands_of(target: str) -> str:
     """What `make` would do where a source of the package is newer than its installation."""
-    command = ["make", "--dry-run", "--no-print-directory", "--what-if=pyproject.toml", target]
-    return subprocess.run(command, cwd=vendor.ROOT, capture_output=True, text=True, check=True).stdout
+    done = make("--dry-run", "--what-if=pyproject.toml", target)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("target", ["accel", "accel-test"])
@@ -25,7 +34,7 @@ def test_measuring_installs_nothing(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["accel", "accel-test"])
 def test_without_an_installation_it_says_what_to_do(target: str) -> None:
-    done = subprocess.run(["make", "BIN=nowhere", target], cwd=vendor.ROOT, capture_output=True, text=True, check=False)
+    done = make("BIN=nowhere", target)
     assert done.returncode != 0
     assert "there is no nowhere/elasticmoe: install a torch for the device" in done.stderr
     assert not done.stdout

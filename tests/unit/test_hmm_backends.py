@@ -73,7 +73,7 @@ def test_a_ledger_that_has_lost_memory_is_found(world: World) -> None:
 
 def started(world: World, kept: dict[str, int], held: dict[str, int]) -> Holdings:
     """A successor that finds `kept` at the keeper, and lets it hold `held`."""
-    parking: Any = SimpleNamespace(fetch=lambda: kept, keep=held.update, forget=lambda _: None, names=set())
+    parking: Any = SimpleNamespace(fetch=lambda **_: kept, keep=held.update, forget=lambda _: None, names=set())
     successor = Holdings(world.config, parking, LOG)
     successor.start()
     return successor

@@ -77,7 +77,9 @@ class World:
         self.machine = Memory()
         self.kept: dict[str, int] = {}  # what a keeper would hold
         self.config = HmmConfig(run_dir=str(folder), devices=f"host:{2 * tp + 1}", device_bytes=device_bytes)
-        parking: Any = SimpleNamespace(fetch=dict, keep=self.kept.update, forget=self._forget, names=self.kept.keys())
+        parking: Any = SimpleNamespace(
+            fetch=lambda **_: {}, keep=self.kept.update, forget=self._forget, names=self.kept.keys()
+        )
         self.holdings = Holdings(self.config, parking, LOG)
         self.holdings.start()
         layout = initial_layout((5, 5), [f"host:{slot}" for slot in range(2 * tp)], tp=tp)
