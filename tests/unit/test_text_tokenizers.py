@@ -355,7 +355,8 @@ def test_tokens_without_an_embedding(tmp_path: Path) -> None:
     model = ServedModel(directory, "m")
     compare(directory)
     model.check_embedded(model.codec.encode("hello", add_special=True))
-    with pytest.raises(InvalidRequest, match="token '<pad>' of id 269 in the prompt; the model's embedding ends at 267") as caught:
+    told = "token '<pad>' of id 269 in the prompt; the model's embedding ends at 267"
+    with pytest.raises(InvalidRequest, match=told) as caught:
         model.check_embedded(model.codec.encode("hello<pad>", add_special=True))
     assert caught.value.code == "token_without_embedding"
     assert model.eos_ids == ()  # it can never be sampled
