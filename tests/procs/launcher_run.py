@@ -6,6 +6,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,3 +86,19 @@ class Run:
             self.process.wait()
         self.output.close()
         wait_until(lambda: not processes_of(self.run_dir), "all processes gone")
+
+
+def store_command(run_dir: Path, command: str) -> bytes:
+    """Send one command to the store of a run directory; its raw answer, empty when it does not answer."""
+    password = (run_dir / "secrets/store.password").read_text()
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(60.0)
+            connection.connect(str(run_dir / "sockets/store.sock"))
+            connection.sendall(f"AUTH {password}\r\n{command}\r\nECHO done\r\n".encode())
+            answer = b""
+            while not answer.endswith(b"done\r\n") and (part := connection.recv(4096)):
+                answer += part
+            return answer
+    except OSError:
+        return b""

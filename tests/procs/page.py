@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from selenium.webdriver.common.by import By
 
 from scripts.browser import Browser
+from tests.procs.deployment import Deployment
+from tests.procs.failpoints import Failpoints
 
 VIEWS = ("now", "experts", "transition", "decisions", "events", "health")
+_SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
 _RUN_AXE = """
 const shown = (node) => `${node.html.slice(0, 160)} ${node.failureSummary.slice(0, 200)}`;
@@ -18,6 +23,19 @@ axe.run(document, { resultTypes: ["violations"] }).then(
   (found) => done(found.violations.map((one) => `${one.id}: ${one.help}: ${one.nodes.map(shown).join(" | ")}`)),
   (error) => done([String(error)]));
 """
+
+
+@contextmanager
+def two_of_four(model: Path, points: Failpoints, **settings: Any) -> Iterator[Deployment]:
+    """Two replicas on four devices, with failpoints; stopped, with all its checks, at the end."""
+    fixed = {**_SETTINGS, **settings, "failpoint_dir": points.folder}
+    deployment = Deployment(model, replicas=2, devices=4, **fixed).wait_ready()
+    try:
+        yield deployment
+        deployment.stop()
+    finally:
+        points.forget()
+        deployment.discard()
 
 
 class Page:

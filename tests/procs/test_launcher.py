@@ -22,7 +22,7 @@ import pytest
 
 from elasticmoe.cli.embedded_store import is_answering, server_binary
 from elasticmoe.cli.main import main
-from tests.procs.launcher_run import Run
+from tests.procs.launcher_run import Run, store_command
 from tests.procs.waiting import free_port, processes_of, wait_until
 
 pytestmark = pytest.mark.procs
@@ -488,19 +488,3 @@ def test_an_external_store_is_not_started(start: Start, run_dir: Path, external_
     assert settings[b"ELASTICMOE_STORE_URL"].startswith(b"redis://")
     assert settings[b"ELASTICMOE_DEPLOYMENT"].startswith(b"run-")
     assert run.stop() == 0
-
-
-def store_command(run_dir: Path, command: str) -> bytes:
-    """Send one command to the store of a run directory; its raw answer, empty when it does not answer."""
-    password = (run_dir / "secrets/store.password").read_text()
-    try:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(5.0)
-            connection.connect(str(run_dir / "sockets/store.sock"))
-            connection.sendall(f"AUTH {password}\r\n{command}\r\nECHO done\r\n".encode())
-            answer = b""
-            while not answer.endswith(b"done\r\n") and (part := connection.recv(4096)):
-                answer += part
-            return answer
-    except OSError:
-        return b""

@@ -18,7 +18,7 @@ from scripts.browser import Browser, why_not
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints
-from tests.procs.page import VIEWS, Page, without
+from tests.procs.page import VIEWS, Page, two_of_four, without
 from tests.procs.page_stage import staged
 from tests.procs.waiting import wait_until
 
@@ -26,8 +26,6 @@ pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_n
 
 SEEN = """const at = document.activeElement;
 return at === document.body || getComputedStyle(at).outlineStyle !== "none";"""
-DEVICES = 4
-SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +35,8 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Failpoints:
 
 @pytest.fixture(scope="module")
 def deployment(model_folder: Any, points: Failpoints) -> Iterator[Deployment]:
-    fixed = {**SETTINGS, "failpoint_dir": points.folder}
-    deployment = Deployment(model_folder("oracle"), replicas=2, devices=DEVICES, **fixed).wait_ready()
-    try:
+    with two_of_four(model_folder("oracle"), points) as deployment:
         yield deployment
-        deployment.stop()
-    finally:
-        points.forget()
-        deployment.discard()
 
 
 def test_the_token_is_asked_for_once_and_stays_in_the_tab(page: Page) -> None:

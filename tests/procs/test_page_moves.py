@@ -15,18 +15,11 @@ import pytest
 from scripts.browser import Browser, why_not
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints
-from tests.procs.page import VIEWS, Page
+from tests.procs.page import VIEWS, Page, two_of_four
 from tests.procs.page_stage import MOVING, staged
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
 
-SETTINGS: dict[str, Any] = {
-    "max_sequences": 16,
-    "kv_bytes": 4 << 20,
-    "device_bytes": 64 << 20,
-    "granularity": 1 << 20,
-    "standbys": 2,
-}
 PAIRS_SHOWN = 12  # services/scaler/page/moves.js
 WIDTHS = (1280, 380)
 THEMES = ("light", "dark")
@@ -52,14 +45,8 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Failpoints:
 
 @pytest.fixture(scope="module")
 def deployment(model_folder: Any, points: Failpoints) -> Iterator[Deployment]:
-    fixed = {**SETTINGS, "failpoint_dir": points.folder}
-    deployment = Deployment(model_folder("oracle"), replicas=2, devices=4, **fixed).wait_ready()
-    try:
+    with two_of_four(model_folder("oracle"), points, granularity=1 << 20) as deployment:
         yield deployment
-        deployment.stop()
-    finally:
-        points.forget()
-        deployment.discard()
 
 
 @pytest.fixture(autouse=True)
