@@ -294,6 +294,55 @@ def test_a_group_that_breaks_is_waited_for_no_longer_than_its_generation(host: H
     check(works, step(ranks, works))
 
 
+def test_a_collective_whose_peer_stays_away_holds_up_nobody_after_its_generation(host: Host) -> None:
+    """The peer lives, with its connections, and takes no part: the next generation does not wait for the old group's
+    end. A traceback that somebody keeps holds nothing of it."""
+    ranks, works = [Rank(host, "torch_dist", slot) for slot in (0, 1)], [Work(slot, 3) for slot in (0, 1)]
+    host.observer.set_membership(1, 0b11, True)
+    for rank in ranks:
+        rank.route(1, [0, 1])
+    check(works, step(ranks, works))
+    groups: list[Groups] = [rank.exchange._groups for rank in ranks]  # type: ignore[attr-defined]
+
+    def stay_away() -> None:
+        ranks[1].exchange.begin_step(6, LONG_MS)
+        ranks[1].dispatch(works[1], 0)
+        wait_until(lambda: host.observer.progress(0) > 6, "the other waits", 20.0)
+        host.observer.set_membership(2, 0b11, False)
+
+    results = at_once(lambda: ranks[0].run(works[0], 6), stay_away)
+    assert isinstance(results[0], StepAborted)
+    host.observer.set_membership(3, 0b11, True)
+    ranks[0].route(3, [0, 1])
+    assert [making.join(0.0) for making in groups[0]._ending] == [False], "it waits for the peer, and nobody for it"
+    ranks[1].route(3, [0, 1])
+    wait_until(lambda: groups[0]._ending[0].join(0.0), "the peer has given it up too", 20.0)
+    check(works, step(ranks, works))
+    for rank in ranks:
+        rank.exchange.close()
+    assert not any(each._ending for each in groups)
+
+
+def test_a_collective_ends_at_its_deadline_though_its_peer_lives(host: Host) -> None:
+    rank, other = Rank(host, "torch_dist", 0), Rank(host, "torch_dist", 1)
+    host.observer.set_membership(1, 0b11, True)
+    for each in (rank, other):
+        each.route(1, [0, 1])
+    works = [Work(slot, 3) for slot in (0, 1)]
+    check(works, step([rank, other], works))
+
+    def take_part_once() -> None:
+        other.exchange.begin_step(6, LONG_MS)
+        other.dispatch(works[1], 0)
+
+    results = at_once(lambda: rank.run(works[0], 6, deadline_ms=600.0), take_part_once)
+    assert isinstance(results[0], StepTimedOut)
+    groups: Groups = rank.exchange._groups  # type: ignore[attr-defined]
+    rank.exchange.close()
+    assert not groups._ending, "the peer has not given its group up"
+    other.exchange.close()
+
+
 def test_a_group_whose_members_do_not_come_is_waited_for_until_the_steps_deadline(host: Host) -> None:
     rank, other = Rank(host, "torch_dist", 0), Rank(host, "shm", 1)
     host.observer.set_membership(1, 0b11, True)

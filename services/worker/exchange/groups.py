@@ -27,21 +27,71 @@ log = get_logger("exchange")
 
 MEET_S: Final = 60.0  # the longest that making a group waits for its members
 MAKE_S: Final = 10.0  # the longest that torch may take for it once they are there
-COLLECT_S: Final = 3_600.0  # the longest that torch waits in a collective: longer than any step, which ends it earlier
+COLLECT_S: Final = 3_600.0  # for collectives that `abort` ends: longer than any step
+LEAST_S: Final = 0.001  # of a collective's own deadline: torch takes 0 for none
+CLOSE_S: Final = 20.0  # the longest that a rank's end waits for groups to end
 LOOK_S: Final = 0.005  # between two looks whether they are
 LOOPBACK: Final = "127.0.0.1"
 
 
-class Group(Protocol):
-    """A process group, of which this is used."""
+class TorchGroup(Protocol):
+    """A process group of torch's, of which this is used."""
 
     def alltoall_base(
-        self, came: torch.Tensor, sent: torch.Tensor, came_sizes: list[int], sent_sizes: list[int], /
+        self,
+        came: torch.Tensor,
+        sent: torch.Tensor,
+        came_sizes: list[int],
+        sent_sizes: list[int],
+        timeout: timedelta,
+        /,
     ) -> dist.Work:
         """Send parts of rows of `sent` to the members by rank; `came` gets theirs."""
 
     def abort(self) -> None:
-        """Give up all that is under way. Nobody may use the group any more."""
+        """Give up all that is under way, where it can be. Nobody may use the group any more."""
+
+
+class Group:
+    """The members of a generation, connected: one collective at a time. `ends_by_itself`: a collective of it does not
+    end by `abort`, but by its own deadline or when a peer closes its connections.
+
+    The group of torch's, and what is under way in it, are held here alone: whoever lets go of them last waits for
+    torch's threads, which may wait for peers. So a traceback that keeps a step's frames must not hold them.
+    """
+
+    def __init__(self, group: TorchGroup, ends_by_itself: bool) -> None:
+        self._group: TorchGroup | None = group
+        self._ends_by_itself = ends_by_itself
+        self._work: dist.Work | None = None
+
+    def start(
+        self, came: torch.Tensor, sent: torch.Tensor, came_sizes: list[int], sent_sizes: list[int], within_s: float
+    ) -> None:
+        """Begin to send parts of rows of `sent` to the members by rank; `came` gets theirs. `within_s`: the caller
+        waits no longer. Raises RuntimeError, as where a peer has gone."""
+        assert self._group is not None
+        timeout = timedelta(seconds=max(within_s, LEAST_S) if self._ends_by_itself else COLLECT_S)
+        self._work = self._group.alltoall_base(came, sent, came_sizes, sent_sizes, timeout)
+
+    def is_done(self) -> bool:
+        """Whether what was started has ended, well or not."""
+        assert self._work is not None
+        return self._work.is_completed()
+
+    def finish(self) -> None:
+        """After is_done. Raises RuntimeError where it has failed, as when a peer has gone."""
+        assert self._work is not None
+        self._work.wait()
+        self._work = None
+
+    def abort(self) -> None:
+        """Give up all that is under way, and the group. Blocks until torch's threads have ended: for a group that ends
+        by itself, until its peers have given it up too, or until the deadline of what was under way."""
+        group, self._group, self._work = self._group, None, None
+        if group is not None:
+            with suppress(RuntimeError):  # a peer that is gone already
+                group.abort()
 
 
 MakeGroup = Callable[[Store, int, int], Group]
@@ -53,27 +103,27 @@ def _gloo(store: Store, rank: int, size: int) -> Group:
     options._devices = [kind.create_device(hostname=LOOPBACK)]
     options._timeout = timedelta(seconds=MAKE_S)
     options._threads = 1
-    return _patient(kind(store, rank, size, options))
+    return Group(kind(store, rank, size, options), ends_by_itself=True)  # gloo's abort does nothing
 
 
 def _nccl(store: Store, rank: int, size: int) -> Group:
     kind: Any = dist.ProcessGroupNCCL
     options = kind.Options()
     options._timeout = timedelta(seconds=MAKE_S)
-    return _patient(kind(store, rank, size, options))
+    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False)
 
 
 def _hccl(store: Store, rank: int, size: int) -> Group:
     kind: Any = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL  # there where its device is
     options = kind.Options()
     options.op_timeout = timedelta(seconds=MAKE_S)
-    return _patient(kind(store, rank, size, options))
+    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False)
 
 
-def _patient(group: Any) -> Group:
-    """One that does not give up a collective by itself."""
+def _patient(group: Any) -> TorchGroup:
+    """One that does not give up a collective by itself: its watchdog would end the process."""
     group._set_default_timeout(timedelta(seconds=COLLECT_S))
-    made: Group = group
+    made: TorchGroup = group
     return made
 
 
@@ -82,28 +132,34 @@ BY_DEVICE: Final[dict[str, MakeGroup]] = {"cpu": _gloo, "cuda": _nccl, "npu": _h
 
 
 class _Making:
-    """A group that is being made, or was. `make` is told whether it is still wanted, as often as it asks."""
+    """A group that is being made, or was. `make` is told whether it is still wanted, as often as it asks.
+
+    Its thread makes the group and gives it up at the end, since both may wait for peers."""
 
     def __init__(self, make: Callable[[Callable[[], bool]], Group], name: str) -> None:
         self.group: Group | None = None
         self.error: Exception | None = None
-        self._is_wanted = True
+        self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(make,), name=name, daemon=True)
         self._thread.start()
 
     def _run(self, make: Callable[[Callable[[], bool]], Group]) -> None:
         try:
-            self.group = make(lambda: self._is_wanted)
+            self.group = make(lambda: not self._is_over.is_set())
         except Exception as error:
-            self.error = error
+            self.error = error.with_traceback(None)
+            return
+        self._is_over.wait()
+        self.group.abort()
 
-    def close(self) -> None:
-        """Blocks for as long as torch makes a group whose members have all come: no thread of it may outlive us."""
-        self._is_wanted = False
-        self._thread.join()
-        if self.group is not None:
-            with suppress(RuntimeError):  # a peer that is gone already
-                self.group.abort()
+    def give_up(self) -> None:
+        """Nobody uses the group any more. Never blocks. Idempotent."""
+        self._is_over.set()
+
+    def join(self, within_s: float) -> bool:
+        """Wait until it has ended; whether it has."""
+        self._thread.join(within_s)
+        return not self._thread.is_alive()
 
 
 class Groups:
@@ -113,6 +169,7 @@ class Groups:
     def __init__(self, path: Path, name: str, slot: int, make: MakeGroup) -> None:
         self._path, self._name, self._slot, self._make = path, name, slot, make
         self._made: dict[int, _Making] = {}
+        self._ending: list[_Making] = []
 
     def prepare(self, generation: int, members: Sequence[int]) -> bool:
         """Begin to make the group of `members`, slots in ascending order with the own one among them, if that has not
@@ -143,12 +200,22 @@ class Groups:
         return making.group
 
     def keep(self, generation: int) -> None:
-        """Give up all of generations before this one."""
+        """Give up all of generations before this one. Never blocks."""
         for old in [each for each in self._made if each < generation]:
             log.info("group given up", generation=old)
-            self._made.pop(old).close()
+            self._give_up(old)
 
     def close(self) -> None:
-        """Give up all. Idempotent."""
-        while self._made:
-            self._made.popitem()[1].close()
+        """Give up all, and wait for CLOSE_S at the most until torch's threads have ended: none should outlive the rank.
+        Idempotent."""
+        for generation in list(self._made):
+            self._give_up(generation)
+        until = time.monotonic() + CLOSE_S
+        self._ending = [each for each in self._ending if not each.join(max(0.0, until - time.monotonic()))]
+        if self._ending:
+            log.warning("groups still wait for their peers", groups=len(self._ending), limit_s=CLOSE_S)
+
+    def _give_up(self, generation: int) -> None:
+        making = self._made.pop(generation)
+        making.give_up()
+        self._ending = [each for each in self._ending if not each.join(0.0)] + [making]

@@ -18,7 +18,7 @@ from elasticmoe.native.bus import Bus
 from elasticmoe.services.worker.backends.base import ComputeBackend, Mirror
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
 from elasticmoe.services.worker.exchange.bus import WAIT_MS
-from elasticmoe.services.worker.exchange.groups import Group, Groups
+from elasticmoe.services.worker.exchange.groups import Groups
 from elasticmoe.services.worker.exchange.planned import PlannedExchange
 
 LOOK_S: Final = 50e-6  # between two looks at what is waited for
@@ -116,26 +116,12 @@ class TorchDistExchange(PlannedExchange):
             came.copy_(sent)
             return
         group = self._wait(lambda: self._groups.get(self._generation))
-        work = self._started(group, came, sent, came_sizes, sent_sizes)
-        self._wait(lambda: work.is_completed() or None)
         try:
-            work.wait()
+            group.start(came, sent, came_sizes, sent_sizes, self._until - time.monotonic())
+            self._wait(lambda: group.is_done() or None)
+            group.finish()
         except RuntimeError as error:
             self._give_up(str(error))
-
-    def _started(
-        self,
-        group: Group,
-        came: torch.Tensor,
-        sent: torch.Tensor,
-        came_sizes: list[int],
-        sent_sizes: list[int],
-    ) -> torch.distributed.Work:
-        try:
-            return group.alltoall_base(came, sent, came_sizes, sent_sizes)
-        except RuntimeError as error:
-            self._give_up(str(error))
-            raise
 
     def _wait(self, look: Callable[[], T | None]) -> T:
         """What `look` gives at last. Others see meanwhile that this rank lives."""
