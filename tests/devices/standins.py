@@ -77,11 +77,16 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
+def environment(kind: str) -> dict[str, str]:
+    """What lets Python processes have devices of the `kind` on stand-ins, in the present memory."""
+    library(kind)  # once: a whole deployment's processes would wait for the compiler, and cannot skip a test
+    return {"STANDIN_KIND": kind, "PYTHONPATH": os.pathsep.join((str(SITE), str(vendor.ROOT)))}
+
+
 def install(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the Python processes that the test starts have devices of the `kind` on stand-ins, in the present memory."""
-    library(kind)  # once: a whole deployment's processes would wait for the compiler
-    monkeypatch.setenv("STANDIN_KIND", kind)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(SITE), str(vendor.ROOT))))
+    """Give the Python processes that the test starts the environment of the `kind`."""
+    for name, value in environment(kind).items():
+        monkeypatch.setenv(name, value)
 
 
 def used(kind: str, folder: Path) -> list[int]:

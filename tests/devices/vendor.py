@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 BUILD = ROOT / "build"
+FETCH_S = 120.0
 OWN = Path("~/.cache/elasticmoe-tests")  # the home is another one in some tests
 
 
@@ -75,10 +76,11 @@ def _fetch(wanted: Headers, folder: Path) -> None:
     download = folder.with_name(f"{folder.name}.download")
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(download), wanted.requirement]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # pip needs no stand-in
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=FETCH_S, check=False, env=environment)
     except subprocess.TimeoutExpired:
-        pytest.skip(f"the declarations of {wanted.requirement} cannot be fetched: the index does not answer in 60 s")
+        pytest.skip(f"the declarations of {wanted.requirement} cannot be fetched: no answer in {FETCH_S:g} s")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
         pytest.skip(f"the declarations of {wanted.requirement} cannot be fetched: {last}")

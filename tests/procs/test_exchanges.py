@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import psutil
 import pytest
 
 from tests.devices import standins
-from tests.procs.deployment import ROOT, Deployment
+from tests.procs.deployment import Deployment
 from tests.procs.elastic import Elastic, Expected, TolerantLoad, holding, in_thread, start_elastic
 from tests.procs.failpoints import Failpoints
 from tests.procs.integrity import check_integrity
@@ -102,8 +101,7 @@ async def test_accelerators_exchange_by_mailboxes(
     """Stand-ins of their drivers, with torch's CPU for the device: nothing is set but the devices' names."""
     model, points = model_folder("oracle"), Failpoints(tmp_path / "points")
     with standins.memory(monkeypatch):
-        paths = os.pathsep.join((str(ROOT / "tests/devices/site_standin"), str(ROOT)))
-        environment = {"STANDIN_KIND": kind, "PYTHONPATH": paths}
+        environment = standins.environment(kind)
         settings: dict[str, Any] = {"kv_bytes": 8 << 20, "device_bytes": 256 << 20, "failpoint_dir": points.folder}
         deployment = Deployment(model, replicas=2, devices=f"{kind}:0-2", environment=environment, **settings)
         elastic = Elastic(deployment.wait_ready(), points)
