@@ -71,7 +71,23 @@ def collect(run_dir: Path) -> dict[str, Any]:
         status |= {name: {"error": error.message} for name in views}
     with http_client(timeout=_TIMEOUT_S) as client:
         status["load"] = _load_of(client, f"{record.url}/load")
+    for rank in status["layout"].get("ranks", ()):
+        rank["mapped_large"] = _mapped_large(rank.get("pid"))
     return status
+
+
+def _mapped_large(pid: int | None) -> int | None:
+    """Bytes of shared memory that the rank's page tables reach by large entries (proc_pid_smaps(5)); None where that
+    cannot be read: the process runs in a container, or is another user's."""
+    if not pid:
+        return None
+    try:
+        if b"elasticmoe" not in Path(f"/proc/{pid}/cmdline").read_bytes():
+            return None  # a process id of another namespace than this one
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return None
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("ShmemPmdMapped:"))
 
 
 def _view(admin: Admin, path: str) -> dict[str, Any]:

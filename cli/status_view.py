@@ -268,16 +268,20 @@ def _rank_state(rank: dict[str, Any]) -> str:
 def _ranks(layout: dict[str, Any]) -> RenderableType:
     if "error" in layout:
         return Text(f"Ranks: {layout['error']}")
+    ranks = layout.get("ranks", ())
+    has_large = any(rank.get("mapped_large") for rank in ranks)
     table = _Columns(
         f"Ranks (epoch {layout.get('epoch')}, {layout.get('phase')})",
-        ("rank", "state", "device", "experts", "KV blocks", "pid", "slot"),
-        ("slot", "pid", "KV blocks", "experts"),
+        ("rank", "state", "device", "experts", "KV blocks", *["mapped large"] * has_large, "pid", "slot"),
+        ("slot", "pid", "mapped large", "KV blocks", "experts"),
+        "computes by " + "; ".join(layout["computes_by"]) if layout.get("computes_by") else "",
     )
-    for rank in layout.get("ranks", ()):
+    for rank in ranks:
         figures = (
             rank.get("device"),
             rank.get("experts"),
             rank.get("kv_blocks"),
+            *[size(rank.get("mapped_large") or 0)] * has_large,
             rank.get("pid") or "",
             rank.get("slot"),
         )

@@ -146,6 +146,7 @@ class RankReady(Message, frozen=True):
     incarnation: of its process
     attach_ms: milliseconds until its memory was mapped
     build_ms: milliseconds from then until all that it computes with was there
+    computes_by: its kernels and threads, for people
     """
 
     rank: RankId
@@ -153,6 +154,7 @@ class RankReady(Message, frozen=True):
     incarnation: str
     attach_ms: float
     build_ms: float
+    computes_by: str = ""
 
 
 class RankExited(Message, frozen=True):
@@ -180,6 +182,7 @@ class PoolRank(msgspec.Struct, frozen=True):
     ready: it has attached and can step
     attach_ms: milliseconds until its memory was mapped; 0 until it is ready
     is_asleep: just now its main thread neither ran nor waited for a processor: it was stopped, or slept in a call
+    computes_by: as it said when it was ready; empty until then
     """
 
     rank: RankId
@@ -190,6 +193,7 @@ class PoolRank(msgspec.Struct, frozen=True):
     ready: bool
     attach_ms: float = 0.0
     is_asleep: bool = False
+    computes_by: str = ""
 
 
 class PoolStatus(Message, frozen=True):

@@ -13,9 +13,11 @@ import pytest
 
 from elasticmoe.cli.doctor import can_collapse
 from elasticmoe.cli.models import random_checkpoint
+from elasticmoe.cli.status import collect
 from elasticmoe.common.families import load_spec, records
 from elasticmoe.common.protocol.hmm import GetHmmStatus
 from elasticmoe.common.protocol.scaler import HmmStatus
+from elasticmoe.native import kernels
 from tests.procs.clients import check_against_oracle, closed_loop
 from tests.procs.deployment import Deployment
 from tests.procs.integrity import ask, check_integrity
@@ -110,6 +112,16 @@ def check_large_pages(deployment: Deployment) -> None:
     metrics = httpx.get(f"{deployment.admin_url}/metrics", headers=key, timeout=60, trust_env=False).text
     figures = re.findall(r"^elasticmoe:device_large_page_bytes\{.*\} (\S+)$", metrics, re.MULTILINE)
     assert sum(map(float, figures)) == large
+
+    def is_mapped_told() -> bool:
+        """Ranks may touch more between two looks."""
+        ranks = collect(deployment.run_dir)["layout"]["ranks"]
+        by_kernel = [sum(each.get("ShmemPmdMapped", 0) for each in smaps(rank["pid"]).values()) for rank in ranks]
+        return [rank["mapped_large"] for rank in ranks] == by_kernel
+
+    wait_until(is_mapped_told, "`status` tells what ranks have mapped large")
+    (by,) = deployment.admin("/v1/layout")["computes_by"]
+    assert by.startswith(f"host {kernels.instruction_sets()[0]}, ")
 
 
 def standby_pids(deployment: Deployment) -> set[int]:

@@ -213,7 +213,8 @@ def test_the_ranks_and_processes_(page: Page, deployment: Deployment) -> None:
         ]
         for rank in layout["ranks"]
     ]
-    wait_rows(page, f"3 ranks, epoch {layout['epoch']}", Written(page.browser).rows(rows))
+    (by,) = layout["computes_by"]
+    wait_rows(page, f"3 ranks, epoch {layout['epoch']}; {by}", Written(page.browser).rows(rows))
     processes = deployment.admin("/v1/processes")["processes"]
     running = [[one["name"], one["state"], str(one["pid"]), str(one["restarts"]), ""] for one in processes]
     wait_rows(page, "What the launcher keeps running", running)

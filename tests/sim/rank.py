@@ -382,6 +382,7 @@ class RankProcess(Actor):
             exchange=simulated.exchange,
             attach_ms=1.0,
             build_ms=1.0,
+            computes_by="",
         )
         if self.leads:
             board = self.board if self.mapping.spec.tp > 1 else None

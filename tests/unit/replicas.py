@@ -129,6 +129,7 @@ class Replicas:
             exchange=exchange,
             attach_ms=0.0,
             build_ms=0.0,
+            computes_by="",
         )
         if seat_of.rank.tp:
             return Follower(parts, board, ranks.models[slot], kv, lambda _: None)

@@ -219,6 +219,21 @@ def test_status_shows_what_lies_in_large_pages_where_pages_are_small() -> None:
     assert "large pages" not in devices(0, 0)
 
 
+def test_status_shows_what_ranks_have_mapped_large_and_compute_by() -> None:
+    def ranks(*large: int | None, **more: Any) -> str:
+        listed = [{"replica": n, "tp": 0, "slot": n, "mapped_large": one} for n, one in enumerate(large)]
+        layout = {"epoch": 1, "phase": "serving", "ranks": listed, **more}
+        return shown(running(layout=layout, devices={"error": "-"}, load={"error": "-"}))
+
+    told = ranks(768 << 20, None, computes_by=["host avx2, 1 thread", "host avx512, 1 thread"])
+    assert "mapped large" in told
+    assert "768 MiB" in told
+    assert "computes by host avx2, 1 thread; host avx512, 1 thread" in told
+    without = ranks(0, None, computes_by=[])
+    assert "mapped large" not in without
+    assert "computes by" not in without
+
+
 def test_status_shows_processes_devices_ranks_and_load() -> None:
     rank = {
         "replica": 0,

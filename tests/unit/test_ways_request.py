@@ -155,6 +155,7 @@ def rank(ranks: Ranks) -> Iterator[tuple[Rank, Wire]]:
         exchange=ranks.exchanges[0],
         attach_ms=0.0,
         build_ms=0.0,
+        computes_by="",
     )
     with Rank(parts, engine, lambda _: None) as rank:
         rank.start(SYSTEM_CLOCK.monotonic())

@@ -136,6 +136,7 @@ EXAMPLES: dict[str, Any] = {
         "tp": 1,
         "replicas": 1,
         "operation": None,
+        "computes_by": ["host avx512bf16, 1 thread"],
         "ranks": [_RANK],
         "experts": [[[0], [0]], [[0], [0]]],
     },

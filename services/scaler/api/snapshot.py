@@ -123,6 +123,7 @@ def layout_view(snapshot: StatusSnapshot) -> views.Layout:
         tp=layout.tp,
         replicas=layout.dp,
         operation=snapshot.operation.op_id if snapshot.operation else None,
+        computes_by=sorted({rank.computes_by for rank in processes.values() if rank.computes_by}),
         ranks=ranks,
         experts=layout.homes,
     )

@@ -82,6 +82,10 @@ class Layout(msgspec.Struct, frozen=True):
     tp: Annotated[int, says("Ranks of a replica")]
     replicas: Annotated[int, says("Replicas that serve")]
     operation: Annotated[str | None, says("`op_id` of the operation in progress")]
+    computes_by: Annotated[
+        list[str],
+        says("Kernels and threads that ready ranks compute by; several where ranks differ", "host avx512, 1 thread"),
+    ]
     ranks: Annotated[list[Rank], says("All seats")]
     experts: Annotated[
         tuple[tuple[tuple[int, ...], ...], ...], says("`experts[layer][expert]`: slots whose devices hold it")

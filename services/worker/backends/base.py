@@ -69,6 +69,11 @@ class ComputeBackend(ABC):
         self.is_synchronous = device.type == "cpu"
         self.has_float64 = has_float64(device)
 
+    @property
+    def computes_by(self) -> str:
+        """What an operator can compare: its kernels, and all that a rank chose for itself on this machine."""
+        return self.name
+
     # ---- buffers and the queue
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

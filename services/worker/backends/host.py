@@ -14,6 +14,7 @@ import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.common.wording import counted
 from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.addresses import (
     CODES,
@@ -68,7 +69,12 @@ class HostBackend(ComputeBackend):
             kernels.use_threads(threads)
         except (RuntimeError, MemoryError) as error:
             log.warning("threads cannot be started", wanted=threads, there_are=kernels.threads(), because=str(error))
-        log.info("computes", threads=kernels.threads(), by=kernels.instruction_sets()[0])
+        log.info("computes", by=self.computes_by)
+
+    @property
+    def computes_by(self) -> str:
+        """See ComputeBackend: the instruction set of the process's kernels, and how many threads it has."""
+        return f"{self.name} {kernels.instruction_sets()[0]}, {counted(kernels.threads(), 'thread')}"
 
     def _synchronize(self) -> None:
         """See ComputeBackend. Nothing is ever in flight."""

@@ -123,9 +123,18 @@ class Child:
 
     def describe(self, seat: StartRank) -> PoolRank:
         """The rank, for the scaler."""
-        attach_ms = self.ready.attach_ms if self.ready else 0.0
-        is_ready, is_asleep = self.ready is not None, self._is_asleep()
-        return PoolRank(seat.rank, seat.slot, seat.device, seat.incarnation, self.pid, is_ready, attach_ms, is_asleep)
+        ready = self.ready
+        return PoolRank(
+            seat.rank,
+            seat.slot,
+            seat.device,
+            seat.incarnation,
+            self.pid,
+            ready=ready is not None,
+            attach_ms=ready.attach_ms if ready else 0.0,
+            is_asleep=self._is_asleep(),
+            computes_by=ready.computes_by if ready else "",
+        )
 
     def _is_asleep(self) -> bool:
         """Whether its main thread, which does a rank's work, neither runs nor waits for a processor now."""

@@ -82,6 +82,7 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         exchange=exchange,
         attach_ms=(attached - started) * 1e3,
         build_ms=(clock.monotonic() - attached) * 1e3,
+        computes_by=backend.computes_by,
     )
     if engine is not None:
         return Rank(parts, engine, tell_ready)

@@ -40,7 +40,9 @@ class SeatLoop(ABC):
         self._barrier = parts.barrier
         self._exchange = parts.exchange
         self._revision = parts.revision
-        self._ready = RankReady(seat.rank, seat.slot, seat.incarnation, parts.attach_ms, parts.build_ms)
+        self._ready = RankReady(
+            seat.rank, seat.slot, seat.incarnation, parts.attach_ms, parts.build_ms, parts.computes_by
+        )
         self._tell_ready = tell_ready
         routings = parts.memory.routings
         self._lockstep = Lockstep(parts.barrier, parts.exchange, routings, seat.slot, parts.clock, leader)

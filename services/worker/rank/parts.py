@@ -63,6 +63,7 @@ class SeatParts(NamedTuple):
     `memory`: what is mapped; `revision`: of the SeatMemory that it was made by.
     `barrier`, `exchange`: its ends of what all ranks share.
     `attach_ms`, `build_ms`: how long it took until all of this was there.
+    `computes_by`: see ComputeBackend.
     """
 
     seat: StartRank
@@ -77,3 +78,4 @@ class SeatParts(NamedTuple):
     exchange: Exchange
     attach_ms: float
     build_ms: float
+    computes_by: str

@@ -138,7 +138,7 @@ function processList(launched) {
 function rankTable(layout) {
   if (layout === null) return h("p", {}, "No layout is known yet.");
   return table(
-    `${plural(layout.ranks.length, "rank")}, epoch ${layout.epoch}`,
+    [`${plural(layout.ranks.length, "rank")}, epoch ${layout.epoch}`, ...layout.computes_by].join("; "),
     ["rank", "device", "state", "process", "pid", "attached in", "experts"],
     layout.ranks.map((rank) => [
       `r${rank.replica}t${rank.tp}`,
