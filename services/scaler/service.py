@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.layout import Layout
@@ -81,6 +82,7 @@ class Scaler:
         self._clock = parts.clock
         self._wake = parts.poller.wake
         self._reserve = parts.reserve
+        self._spec = spec
         self._links = Links(config, spec, parts, self._on_event)
         self.lease = Lease(parts.store.another("scaler-lease"), parts.identity, config.lease_ms, parts.fence)
         self.meters = Meters()
@@ -318,6 +320,7 @@ class Scaler:
             self._autoscaler.saturation,
             self._autoscaler.decision,
             self._autoscaler.throughput,
+            sizes_of(self._spec, cluster.memory.granularity) if cluster.memory is not None else None,
         )
         self.series.note(self.status_cache.snapshot, self._clock.monotonic(), self._clock.time())
 

@@ -125,7 +125,7 @@ class Stage:
         assert isinstance(order, Order), order
         assert order.is_dry_run, order
         assert self._operation is not None, "nothing is planned here"
-        return Accepted(self._operation, self._operation.plan)
+        return Accepted(self._operation, self._operation.plan, SIZES)
 
     def _copying(self) -> TransitionStatus | None:
         if self._operation is None:
@@ -202,6 +202,7 @@ class Stage:
             operation=self._operation,
             loads={seat.slot: self._load(seat, wave) for seat in self._layout.seats},
             instance="i-stage",
+            sizes=SIZES,
             policy=PolicyRecord(1, PolicyConfig(), PolicyConfig()),
             decided=(_decided(2, Reason.GROW_FORECAST, width + 1), _decided(1, Reason.STEADY, None)),
             signals=signals,

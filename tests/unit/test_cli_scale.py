@@ -23,7 +23,7 @@ from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.api.snapshot import operation_view, plan_view
 from elasticmoe.services.scaler.control.admission import accept
 from elasticmoe.services.scaler.operation.operation import planned_of
-from tests.unit.transitions import UP, World
+from tests.unit.transitions import SIZES, UP, World
 
 Answers = list[tuple[str, str, Any]]
 
@@ -223,7 +223,7 @@ def test_a_refusal_that_says_when_is_waited_for(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_plan_is_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    view = as_json(plan_view(UP, accepted()))
+    view = as_json(plan_view(UP, accepted(), SIZES))
     server = Server(monkeypatch, httpx.Response(200, json=view), httpx.Response(200, json=view))
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["plan", "--replicas", "3"]) == 0

@@ -29,7 +29,7 @@ from elasticmoe.services.scaler.control.admission import Accepted, CommandAnswer
 from elasticmoe.services.scaler.policy.record import PolicyRecord
 from tests.unit import test_http_surfaces as surfaces
 from tests.unit.test_scaler_admin import Listener, snapshot_of
-from tests.unit.transitions import UP, World, operation_of
+from tests.unit.transitions import SIZES, UP, World, operation_of
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +71,7 @@ class Accepting(Listener):
         if isinstance(order, SetPolicy):
             return PolicyRecord(2, order.config, order.config)
         is_dry_run = isinstance(order, Order) and order.is_dry_run
-        return Accepted(operation_of(UP), UP if is_dry_run else None)
+        return Accepted(operation_of(UP), UP, SIZES) if is_dry_run else Accepted(operation_of(UP))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import httpx
 import msgspec
 import pytest
 
-from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.layout import RankId, Seat
 from elasticmoe.common.protocol.errors import (
@@ -52,9 +51,7 @@ from elasticmoe.services.scaler.operation.operation import NO_CALLER, CallerTrac
 from elasticmoe.services.scaler.planning.plan import Target
 from elasticmoe.services.scaler.policy.config import PolicyConfig
 from elasticmoe.services.scaler.policy.record import PolicyRecord
-from tests.unit.transitions import DOWN, UP, World, operation_of
-
-SIZES = Sizes(100, (10,), (7,))
+from tests.unit.transitions import DOWN, SIZES, UP, World, operation_of
 
 
 def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
@@ -235,12 +232,18 @@ async def test_scaling_is_accepted_and_a_dry_run_shows_the_plan(listener: Listen
     assert answer.status_code == 202
     assert (answer.json()["op_id"], answer.json()["phase"], answer.json()["legs"]) == ("op-1", "plan", 2)
     assert listener.orders == [order]
-    listener.answer = Accepted(operation, UP)
+    listener.answer = Accepted(operation, UP, SIZES)
     answer = await listener.call("POST", "/v1/scale", {"replicas": 3, "dry_run": True})
     assert answer.status_code == 200
     plan = answer.json()
     assert (plan["kind"], len(plan["legs"]), plan["planned"]["joining"]) == ("scale_up", 2, ["r2t0"])
     assert plan["legs"][0]["copies"] == [["expert.0.0", "host:0", "host:1"]]
+    assert plan["legs"][0]["moves"] == {
+        "moves": [["host:0", "host:1", 1, 1, SIZES.experts[0]]],
+        "pairs": 1,
+        "records": 1,
+        "bytes": SIZES.experts[0],
+    }
     assert plan["planned"]["devices"]["host:1"]["bytes_in"] == 14
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.protocol.errors import Conflict, InvalidRequest, Unready
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import PoolRank, PoolStatus
@@ -16,9 +15,7 @@ from elasticmoe.services.scaler.api.policy_views import policy_view
 from elasticmoe.services.scaler.api.requests import parse_scale
 from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, find_operation, layout_view
 from elasticmoe.services.scaler.operation.operation import planned_of
-from tests.unit.transitions import DOWN, SEATS, UP, World, cluster_of, operation_of
-
-SIZES = Sizes(100, (10,), (7,))
+from tests.unit.transitions import DOWN, SEATS, SIZES, UP, World, cluster_of, operation_of
 
 
 def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:

@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.layout import Layout
@@ -34,10 +33,9 @@ from elasticmoe.services.scaler.operation.operation import (
 )
 from elasticmoe.services.scaler.planning.plan import Plan
 from tests.unit.transcripts import play
-from tests.unit.transitions import DEVICES, DOWN, UP, World, cluster_of, operation_of
+from tests.unit.transitions import DEVICES, DOWN, SIZES, UP, World, cluster_of, operation_of
 
 PHASES = ("prepare", "commit", "migrate", "release")
-SIZES = Sizes(100, (10,), (7,))
 
 
 @pytest.mark.parametrize("lives", [True, False])

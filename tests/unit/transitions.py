@@ -6,6 +6,7 @@ import itertools
 
 import msgspec
 
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.devices.names import LOCAL_HOST
 from elasticmoe.common.layout import Layout, RankId, Seat
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
@@ -30,6 +31,7 @@ from elasticmoe.services.scaler.operation.operation import Operation, Request
 from elasticmoe.services.scaler.planning.plan import Leg, Plan
 
 DEVICES = tuple(f"host:{i}" for i in range(4))
+SIZES = Sizes(100, (10,), (7,))
 SEATS = tuple(Seat(RankId(i, 0), i, DEVICES[i]) for i in range(4))
 
 

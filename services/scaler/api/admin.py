@@ -48,6 +48,7 @@ from elasticmoe.services.scaler.api.snapshot import (
     devices_view,
     find_operation,
     layout_view,
+    operation_moves,
     operation_view,
     operations_view,
     plan_view,
@@ -159,6 +160,11 @@ def _add_views(app: FastAPI, status_cache: StatusCache, meters: Meters) -> None:
         """One operation: its phase, what it waits for, and what it has cost."""
         return json_response(find_operation(status_cache.snapshot, op_id))
 
+    @app.get("/v1/operations/{op_id}/moves", **describe("Moves", docs.FINDING))
+    async def moves(op_id: OpIdInPath) -> Response:
+        """Which device sends how much to which, while the operation is in progress."""
+        return json_response(operation_moves(status_cache.snapshot, op_id))
+
     @app.get("/v1/config", **describe("Config", docs.READING))
     async def config() -> Response:
         """The settings that are in force, without secrets."""
@@ -185,7 +191,8 @@ def _add_orders(app: FastAPI, status_cache: StatusCache, commands: CommandQueue,
             response.headers["location"] = f"/v1/operations/{running.op_id}"
             return response
         if accepted.plan is not None:
-            return json_response(plan_view(accepted.plan, accepted.operation))
+            assert accepted.sizes is not None, "they come with the plan"
+            return json_response(plan_view(accepted.plan, accepted.operation, accepted.sizes))
         return json_response(operation_view(accepted.operation), 202)
 
     @app.post(

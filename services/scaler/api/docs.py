@@ -51,6 +51,7 @@ ANSWERS = {
         views.Devices,
         views.Operation,
         views.Operations,
+        views.Moves,
         views.Plan,
         views.Now,
         views.SeriesView,

@@ -84,6 +84,7 @@ _OPERATION = {
     },
     "error": None,
 }
+_MOVES = {"moves": [["host:0", "host:2", 1, 0, 269615104]], "pairs": 1, "records": 1, "bytes": 269615104}
 _RANK = {
     "replica": 0,
     "tp": 0,
@@ -168,9 +169,11 @@ EXAMPLES: dict[str, Any] = {
                 "kv_handles": {"host:2": 182},
                 "kv_handles_after": {"host:2": 182},
                 "copies": [["base", "host:0", "host:2"]],
+                "moves": _MOVES,
             }
         ],
     },
+    "Moves": {"op_id": "grow-monday", "legs": [_MOVES]},
     "Now": {
         "cursor": "scaler:105c73cc0c704e27.40",
         "is_whole": True,

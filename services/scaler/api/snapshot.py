@@ -7,11 +7,13 @@ from typing import Any
 
 import msgspec
 
+from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.errors import NotFound, Unavailable, Unready
 from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.common.protocol.scaler import DeviceStatus, RankLoad
 from elasticmoe.services.scaler.api import views
+from elasticmoe.services.scaler.api.moves import moves_of
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.control.state import DeploymentPhase
@@ -28,7 +30,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     by slot, of the ranks that told theirs lately; `resumed`: what was gone on with at the start;
     `instance`: names the deployment, empty before the journal has been read, as `policy` is None; `decision`: the last
     one by it; `decided`: those that were told, newest first; `signals`, `saturation`, `throughput`: the load as it was
-    seen last."""
+    seen last; `sizes`: of the model's records; None until the HMM has loaded it."""
 
     phase: DeploymentPhase
     reason: str
@@ -48,6 +50,7 @@ class StatusSnapshot(msgspec.Struct, frozen=True):
     saturation: Saturation | None = None
     decision: Decided | None = None
     throughput: Throughput | None = None
+    sizes: Sizes | None = None
 
 
 class StatusCache:
@@ -204,7 +207,19 @@ def find_operation(snapshot: StatusSnapshot, op_id: str) -> views.Operation:
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
 
 
-def plan_view(plan: Plan, operation: Operation) -> views.Plan:
+def operation_moves(snapshot: StatusSnapshot, op_id: str) -> views.Moves:
+    """GET /v1/operations/{op_id}/moves. Raises what find_operation raises, and Unready while the model's records are
+    not known."""
+    find_operation(snapshot, op_id)
+    operation = snapshot.operation
+    if operation is None or operation.op_id != op_id or operation.plan is None:
+        return views.Moves(op_id, None)
+    if snapshot.sizes is None:
+        raise unready(snapshot, "the HMM does not answer")
+    return views.Moves(op_id, [moves_of(leg, snapshot.sizes) for leg in operation.plan.legs])
+
+
+def plan_view(plan: Plan, operation: Operation, sizes: Sizes) -> views.Plan:
     """The answer to a dry run: the plan in short, and each leg with its copies as [record, from, to]."""
     return views.Plan(
         kind=plan.kind,
@@ -219,6 +234,7 @@ def plan_view(plan: Plan, operation: Operation) -> views.Plan:
                 kv_handles=leg.kv_handles,
                 kv_handles_after=leg.kv_handles_after,
                 copies=[(str(copy.key), copy.source, copy.target) for copy in leg.copies],
+                moves=moves_of(leg, sizes),
             )
             for leg in plan.legs
         ],

@@ -153,6 +153,32 @@ class Operations(msgspec.Struct, frozen=True):
     operations: Annotated[list[Operation], says("All that are known")]
 
 
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """What one device sends to another, as a list."""
+
+    source: Annotated[str | None, says("The device that sends; null: it is read from the checkpoint", "host:0")]
+    target: Annotated[str, says("The device that it comes to", "host:2")]
+    records: Annotated[int, says("Weight records")]
+    experts: Annotated[int, says("Of them, experts")]
+    bytes: Annotated[int, says("Bytes that they have")]
+
+
+class LegMoves(msgspec.Struct, frozen=True):
+    """Who sends how much to whom in one leg."""
+
+    moves: Annotated[list[Move], says("The 50 largest pairs of devices, the largest first")]
+    pairs: Annotated[int, says("Pairs of devices, told here or not")]
+    records: Annotated[int, says("Weight records of all pairs")]
+    bytes: Annotated[int, says("Bytes of all pairs")]
+
+
+class Moves(msgspec.Struct, frozen=True):
+    """What an operation in progress moves."""
+
+    op_id: Annotated[str, says("Its name", "op-1f0c2d3e4a5b")]
+    legs: Annotated[list[LegMoves] | None, says("By leg; null where it has no plan: it levels requests, or has ended")]
+
+
 class Leg(msgspec.Struct, frozen=True):
     """One step of a plan, from one layout to the next."""
 
@@ -164,6 +190,7 @@ class Leg(msgspec.Struct, frozen=True):
     kv_handles: Annotated[dict[str, int], says("KV handles by device, until the release")]
     kv_handles_after: Annotated[dict[str, int], says("KV handles by device, from the release on")]
     copies: Annotated[list[tuple[str, str | None, str]], says("Each record with the device it comes from, and goes to")]
+    moves: Annotated[LegMoves, says("The same by pairs of devices")]
 
 
 class Plan(msgspec.Struct, frozen=True):

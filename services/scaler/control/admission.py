@@ -11,7 +11,7 @@ from queue import Empty, Full, Queue
 
 import msgspec
 
-from elasticmoe.common.capacity import sizes_of
+from elasticmoe.common.capacity import Sizes, sizes_of
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.devices.names import hardware_of
@@ -89,10 +89,12 @@ Command = Order | CancelOperation | SetPolicy
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """What became of an order: an operation, or the plan of a dry run with the operation that it would be."""
+    """What became of an order: an operation, or the plan of a dry run with the operation that it would be, and the
+    sizes of the records that it moves."""
 
     operation: Operation
     plan: Plan | None = None
+    sizes: Sizes | None = None
 
 
 CommandAnswer = Accepted | PolicyRecord
@@ -178,7 +180,7 @@ class Admission:
             return Accepted(operation)
         operation, plan, made = self._plan(order, op_id, order.target, cluster)
         if order.is_dry_run:
-            return Accepted(operation, plan)
+            return Accepted(operation, plan, made.sizes)
         executor.begin(operation, made)
         return Accepted(operation)
 

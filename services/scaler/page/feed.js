@@ -28,7 +28,7 @@ const ROWS_KEPT = { 1: 900, 15: 5_760 };
 /**
  * What views may need beside /v1/now and /v1/series: where it is, and `key`: it is asked for again when that has
  * changed, or `everyMs` have passed, and there is room for it. `isUrgent`: with another key at once. `isHeld`: not now,
- * and after that at once.
+ * and after that at once. `isThere`: else there is nothing to ask for.
  */
 const RESOURCES = {
   policy: { path: () => "/v1/policy", key: () => "", everyMs: 2_000 },
@@ -37,6 +37,12 @@ const RESOURCES = {
     key: (state) => state.now.operation,
     everyMs: 0,
     isUrgent: true,
+  },
+  moves: {
+    path: (state) => `/v1/operations/${state.now.operation}/moves`,
+    key: (state) => state.now.operation,
+    isUrgent: true,
+    isThere: (state) => state.now.operation !== null,
   },
   last: { path: () => "/v1/operations?limit=1", key: operationsKey, isHeld: (state) => state.now.operation !== null },
   decisions: { path: () => "/v1/decisions?limit=40", key: (state) => state.policy?.decision?.time_unix },
@@ -289,7 +295,8 @@ export class Feed {
   }
 
   async #refresh(name) {
-    const { path, key, everyMs = Infinity, isUrgent = false, isHeld } = RESOURCES[name];
+    const { path, key, everyMs = Infinity, isUrgent = false, isHeld, isThere } = RESOURCES[name];
+    if (isThere?.(this.#store.state) === false) return;
     if (this.#store.state[name] !== null && isHeld?.(this.#store.state)) {
       delete this.#asked[name];
       return;

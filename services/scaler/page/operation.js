@@ -171,7 +171,7 @@ export function planView(plan) {
         `${bytes(planned.bytes_before)} → ${bytes(planned.bytes_after)}`,
       ),
     ),
-    planMoves(plan.legs),
+    planMoves(plan.legs.map((leg) => leg.moves)),
     moving({ planned }),
   );
 }

@@ -6,7 +6,7 @@
  * series: by step, { at, columns }; step: that is shown
  * policy, decisions, operations, operation, layout, experts, processes: as the API answers them; null before;
  *   last: `operations` with the newest one only
- * route: { opId, legs } of a plan, for the operation that carries it out; null where this page has seen none
+ * moves: who sends how much to whom in the operation in progress, or in the one before, as its op_id says
  * asOf: by name, of `now` and of those, when it was right, in ms; Infinity: it still is
  * events: [{ id, event }], newest first; isPastTold: those that there were have come; eventsRefused: why none come
  * words: of reasons and events
@@ -24,7 +24,7 @@ export function createStore() {
     operations: null,
     operation: null,
     last: null,
-    route: null,
+    moves: null,
     asOf: {},
     layout: null,
     experts: null,

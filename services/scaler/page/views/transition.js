@@ -1,12 +1,11 @@
 /** Transition: what an order would do, the order itself, how it goes, and what it has cost. */
 
 import { fill, h, panel, patch, setText } from "../dom.js";
-import { operationMoves, routeOf } from "../moves.js";
+import { operationMoves } from "../moves.js";
 import { operationView, planView } from "../operation.js";
 import { Tiles } from "../tiles.js";
 
 const CANCELLED_BEFORE = ["plan", "prepare"];
-const UNTOLD = "Who sends what is not known here: this page has not seen the plan. What comes to each device is told.";
 
 function build({ store, feed, ask }) {
   const replicas = h("input", { id: "replicas", type: "number", min: 1, max: 64, inputmode: "numeric" });
@@ -62,9 +61,7 @@ function build({ store, feed, ask }) {
     "Cancel: back to the old layout",
   );
   const moves = h("div", {});
-  const whence = h("button", { type: "button", id: "whence", hidden: true, onclick: trace }, "Show who sends what");
-  const untold = h("p", { class: "count", id: "untold", role: "status" });
-  const moving = panel("What moves", moves, untold, whence);
+  const moving = panel("What moves", moves);
   const tiles = new Tiles();
   const touched = panel("Devices that change", tiles.element);
   const title = h("h2", {}, "Operation");
@@ -135,34 +132,16 @@ function build({ store, feed, ask }) {
         ? null
         : h(
             "button",
-            { type: "button", class: "main", id: "scale", onclick: () => scale(wanted, plan) },
+            { type: "button", class: "main", id: "scale", onclick: () => scale(wanted) },
             wanted.lost ? "Leave the lost devices out" : "Do it",
           );
     fill(preview, h("h3", {}, "This is what it would do"), planView(plan), go);
   }
 
-  async function scale(wanted, plan) {
+  async function scale(wanted) {
     const answer = await attempt(() => ask("POST", "/v1/scale", { ...wanted, reason: reason.value }));
     if (answer === null) return;
-    store.update({ route: routeOf(answer.value, plan) });
     begun(answer.value);
-  }
-
-  /** Plan the order of the operation in progress once more: from the same layout the same moves. */
-  async function trace() {
-    const { operation } = store.state;
-    if (operation === null) return;
-    const { replicas: count, devices: names, remove: gone, is_lost: isLost } = operation.request;
-    const wanted =
-      gone !== null
-        ? { remove: gone.map((replica) => `r${replica}`), lost: isLost }
-        : count !== null
-          ? { replicas: count }
-          : { devices: names };
-    const answer = await attempt(() => ask("POST", "/v1/scale", { ...wanted, dry_run: true }));
-    if (answer === null) return;
-    const route = routeOf(operation, answer.value);
-    store.update({ route: route ?? { opId: operation.op_id, legs: [] } });
   }
 
   async function rebalance() {
@@ -211,15 +190,10 @@ function build({ store, feed, ask }) {
     updateMoves(state);
   }
 
-  function updateMoves({ operation, route, devices: all, ranks }) {
+  function updateMoves({ operation, moves: told, devices: all, ranks }) {
     moving.hidden = operation === null;
     if (operation === null) return;
-    const known = route?.opId === operation.op_id ? route : null;
-    patch(moves, operationMoves(operation, known, all, ranks));
-    const isOpen = operation.planned !== null && CANCELLED_BEFORE.includes(operation.phase) && operation.leg <= 1;
-    const isUntold = operation.planned !== null && !known?.legs.length;
-    whence.hidden = !isUntold || !isOpen || known !== null;
-    setText(untold, isUntold ? (whence.hidden ? UNTOLD : "Ordered elsewhere, or before this page was loaded.") : "");
+    patch(moves, operationMoves(operation, told?.op_id === operation.op_id ? told.legs : null, all, ranks));
   }
 
   choose();
@@ -234,4 +208,4 @@ function build({ store, feed, ask }) {
   return { element, update, destroy: () => tiles.destroy() };
 }
 
-export const transition = { title: "Transition", needs: ["last"], build };
+export const transition = { title: "Transition", needs: ["last", "moves"], build };
