@@ -2,7 +2,8 @@
 
 For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
 over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. With
-`--structured` each is measured once more with answers that have to be JSON of a schema, with `--traces` once more with
+`--structured` each is measured once more with answers that have to be JSON of a schema, and with as many of either kind
+in the same steps, with `--traces` once more with
 requests that are traced, in turn with the others. `--peers` compares with other engines instead (see peers).
 """
 
@@ -38,6 +39,7 @@ from elasticmoe.common.transport import Client, new_identity
 
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 
+ANY, JSON = "any", "JSON"  # kinds of answers
 STATUS_MS = 5_000
 _SERIES = ("model", "replicas", "tp", "answers", "traced")
 _PERSON: dict[str, Any] = {
@@ -63,7 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="rounds of each, of which the best is told; the median beside --peers",
     )
-    parser.add_argument("--structured", action="store_true", help="answers in JSON of a schema, too")
+    parser.add_argument(
+        "--structured", action="store_true", help="answers in JSON of a schema, too, alone and beside others"
+    )
     parser.add_argument("--traces", action="store_true", help="requests that are traced, too: needs the extra otel")
     parser.add_argument(
         "--peers",
@@ -103,10 +107,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Workload(NamedTuple):
-    """What is measured of one deployment."""
+    """What is measured of one deployment. `answers`: of which kinds, by as many clients each, in the same steps."""
 
     concurrency: int
-    is_json: bool
+    answers: tuple[str, ...]
     is_traced: bool
 
     @property
@@ -114,10 +118,15 @@ class Workload(NamedTuple):
         """Of its requests. Others are not traced: nobody asks for it."""
         return TRACEPARENT if self.is_traced else ""
 
+    def name_of(self, answers: str) -> str:
+        """One of its kinds, and what is beside it."""
+        return " beside ".join([answers, *(other for other in self.answers if other != answers)])
+
 
 def _kinds(args: argparse.Namespace) -> list[Workload]:
-    forms, traces = [False, True][: 1 + args.structured], [False, True][: 1 + args.traces]
-    return [Workload(*of) for of in itertools.product(args.concurrency, forms, traces)]
+    forms = [(ANY,), (JSON,), (ANY, JSON)][: 3 if args.structured else 1]
+    kinds = itertools.product(args.concurrency, forms, [False, True][: 1 + args.traces])
+    return [kind for kind in map(Workload._make, kinds) if kind.concurrency >= len(kind.answers)]
 
 
 @contextmanager
@@ -132,23 +141,37 @@ def _tracing(is_on: bool) -> Iterator[dict[str, Any]]:
 
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     kinds, devices = _kinds(args), first_of(args.devices, replicas * args.tp)
-    results: dict[Workload, list[tuple[Figures, Shares]]] = {kind: [] for kind in kinds}
+    results: dict[tuple[Workload, str], list[tuple[Figures, Shares]]] = {
+        (kind, answers): [] for kind in kinds for answers in kind.answers
+    }
     with (
         _tracing(args.traces) as settings,
         running(model, replicas, devices=devices, tp=args.tp, **settings) as deployment,
     ):
         with http_client(deployment.url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
-        shapes = {False: shape, True: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS})}
-        for is_json in {kind.is_json for kind in kinds}:
-            asyncio.run(run_clients(deployment.url, shapes[is_json], 2 * replicas, 2 * replicas, seed=0))
+        shapes = {ANY: shape, JSON: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS})}
+        for answers in {answers for _, answers in results}:
+            asyncio.run(run_clients(deployment.url, shapes[answers], 2 * replicas, 2 * replicas, seed=0))
         for turn in range(args.rounds):
             for kind in kinds if turn % 2 == 0 else reversed(kinds):  # nobody is always the first, or behind another
-                n = kind.concurrency
-                num, seed = max(n * args.requests_per_client, 2), 1 + turn * 1_000 + kinds.index(kind)
-                work = run_clients(deployment.url, shapes[kind.is_json], n, num, seed, traceparent=kind.traceparent)
-                results[kind].append((figures(asyncio.run(work), n), _shares(deployment.run_dir, replicas)))
-    return [_summary(model, replicas, args.tp, rounds, kind) for kind, rounds in results.items()]
+                seed = 1 + turn * 1_000 + kinds.index(kind)
+                found = asyncio.run(_run(deployment.url, shapes, kind, args.requests_per_client, seed))
+                shares = _shares(deployment.run_dir, replicas)
+                for answers, one in found.items():
+                    results[kind, answers].append((one, shares))
+    return [_summary(model, replicas, args.tp, rounds, *of) for of, rounds in results.items()]
+
+
+async def _run(url: str, shapes: dict[str, Shape], kind: Workload, each: int, seed: int) -> dict[str, Figures]:
+    """A round: `each` requests of each client, at least two of each kind of answers; figures by that kind."""
+    n = kind.concurrency // len(kind.answers)
+    works = (
+        run_clients(url, shapes[answers], n, max(n * each, 2), seed + 500 * place, traceparent=kind.traceparent)
+        for place, answers in enumerate(kind.answers)
+    )
+    found = await asyncio.gather(*works)
+    return {answers: figures(samples, n) for answers, samples in zip(kind.answers, found, strict=True)}
 
 
 def _shares(run_dir: Path, replicas: int) -> Shares:
@@ -169,7 +192,7 @@ def _shares(run_dir: Path, replicas: int) -> Shares:
 
 
 def _summary(
-    model: str, replicas: int, tp: int, rounds: list[tuple[Figures, Shares]], kind: Workload
+    model: str, replicas: int, tp: int, rounds: list[tuple[Figures, Shares]], kind: Workload, answers: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)
@@ -177,8 +200,8 @@ def _summary(
         "model": Path(model).name,
         "replicas": replicas,
         "tp": tp,
-        "concurrency": best.concurrency,
-        "answers": "JSON" if kind.is_json else "any",
+        "concurrency": kind.concurrency,
+        "answers": kind.name_of(answers),
         "traced": "yes" if kind.is_traced else "no",
         "tokens/s best": best.tokens_per_s,
         "tokens/s median": statistics.median(item.tokens_per_s for item in found),
