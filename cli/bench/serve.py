@@ -1,10 +1,10 @@
 """`elasticmoe bench serve`: steady state. Tokens per second, TTFT and TPOT at several concurrencies.
 
 For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
-over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. With
-`--structured` each is measured once more with answers that have to be JSON of a schema, and with as many of either kind
-in the same steps, with `--traces` once more with
-requests that are traced, in turn with the others. `--peers` compares with other engines instead (see peers).
+over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. In turn
+with these, `--structured` measures answers that have to be JSON of a schema, alone and as many of either kind in the
+same steps; `--traces` requests that are traced, where nobody asks for it, to a collector, and to one that is gone.
+`--peers` compares with other engines instead (see peers).
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import itertools
 import statistics
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from elasticmoe.cli.arguments import WrongUsage, refuse_beside, whole, wholes
-from elasticmoe.cli.bench.deployment import add_devices, add_tp, first_of, running
+from elasticmoe.cli.bench.deployment import Running, add_devices, add_tp, first_of, running
 from elasticmoe.cli.bench.peers import command as peers
 from elasticmoe.cli.bench.peers.engines import ENGINES, engines
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
-from elasticmoe.cli.bench.sink import TRACEPARENT, sink
+from elasticmoe.cli.bench.sink import TRACEPARENT, refusal, sink
 from elasticmoe.cli.bench.steady import Figures, figures
 from elasticmoe.cli.chat import first_model
 from elasticmoe.cli.http import client as http_client
@@ -37,6 +37,7 @@ from elasticmoe.common.protocol import router as router_messages
 from elasticmoe.common.protocol.rank import Watch
 from elasticmoe.common.transport import Client, new_identity
 
+Deployments = dict[str, Running]
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 
 ANY, JSON = "any", "JSON"  # kinds of answers
@@ -106,17 +107,28 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(row["failed"] for row in rows) else 0
 
 
+class Tracing(NamedTuple):
+    """Whether requests are traced. `collector`: of their deployment, as in _tracing."""
+
+    name: str
+    collector: str
+    traceparent: str
+
+
+TRACINGS = (
+    Tracing("no", "none", ""),
+    Tracing("not asked for", "there", ""),
+    Tracing("yes", "there", TRACEPARENT),
+    Tracing("to nobody", "gone", TRACEPARENT),
+)
+
+
 class Workload(NamedTuple):
     """What is measured of one deployment. `answers`: of which kinds, by as many clients each, in the same steps."""
 
     concurrency: int
     answers: tuple[str, ...]
-    is_traced: bool
-
-    @property
-    def traceparent(self) -> str:
-        """Of its requests. Others are not traced: nobody asks for it."""
-        return TRACEPARENT if self.is_traced else ""
+    tracing: Tracing
 
     def name_of(self, answers: str) -> str:
         """One of its kinds, and what is beside it."""
@@ -125,37 +137,47 @@ class Workload(NamedTuple):
 
 def _kinds(args: argparse.Namespace) -> list[Workload]:
     forms = [(ANY,), (JSON,), (ANY, JSON)][: 3 if args.structured else 1]
-    kinds = itertools.product(args.concurrency, forms, [False, True][: 1 + args.traces])
+    kinds = itertools.product(args.concurrency, forms, TRACINGS if args.traces else TRACINGS[:1])
     return [kind for kind in map(Workload._make, kinds) if kind.concurrency >= len(kind.answers)]
 
 
 @contextmanager
-def _tracing(is_on: bool) -> Iterator[dict[str, Any]]:
-    """Settings of a deployment that traces the requests whose callers want it."""
-    if not is_on:
+def _tracing(collector: str) -> Iterator[dict[str, Any]]:
+    """Settings of a deployment without a collector of traces (`none`), or one that traces the requests whose callers
+    want it, to a collector that is `there`, or where nobody listens (`gone`)."""
+    if collector == "none":
         yield {}
         return
-    with sink() as url:
+    with sink() if collector == "there" else refusal() as url:
         yield {"otlp_endpoint": url, "trace_ratio": 0.0}
 
 
+@contextmanager
+def _deployments(args: argparse.Namespace, model: str, replicas: int, kinds: list[Workload]) -> Iterator[Deployments]:
+    """All that the kinds need, by collector: those that are not measured just now do nothing."""
+    devices = first_of(args.devices, replicas * args.tp)
+    with ExitStack() as stack:
+        found = {}
+        for collector in dict.fromkeys(kind.tracing.collector for kind in kinds):
+            settings = stack.enter_context(_tracing(collector))
+            found[collector] = stack.enter_context(running(model, replicas, devices=devices, tp=args.tp, **settings))
+        yield found
+
+
 def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    kinds, devices = _kinds(args), first_of(args.devices, replicas * args.tp)
+    kinds = _kinds(args)
     results: dict[tuple[Workload, str], list[tuple[Figures, Shares]]] = {
         (kind, answers): [] for kind in kinds for answers in kind.answers
     }
-    with (
-        _tracing(args.traces) as settings,
-        running(model, replicas, devices=devices, tp=args.tp, **settings) as deployment,
-    ):
-        with http_client(deployment.url, timeout=10) as client:
+    with _deployments(args, model, replicas, kinds) as deployments:
+        with http_client(next(iter(deployments.values())).url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
         shapes = {ANY: shape, JSON: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS})}
-        for answers in {answers for _, answers in results}:
+        for answers, deployment in itertools.product({answers for _, answers in results}, deployments.values()):
             asyncio.run(run_clients(deployment.url, shapes[answers], 2 * replicas, 2 * replicas, seed=0))
         for turn in range(args.rounds):
             for kind in kinds if turn % 2 == 0 else reversed(kinds):  # nobody is always the first, or behind another
-                seed = 1 + turn * 1_000 + kinds.index(kind)
+                seed, deployment = 1 + turn * 1_000 + kinds.index(kind), deployments[kind.tracing.collector]
                 found = asyncio.run(_run(deployment.url, shapes, kind, args.requests_per_client, seed))
                 shares = _shares(deployment.run_dir, replicas)
                 for answers, one in found.items():
@@ -166,8 +188,9 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
 async def _run(url: str, shapes: dict[str, Shape], kind: Workload, each: int, seed: int) -> dict[str, Figures]:
     """A round: `each` requests of each client, at least two of each kind of answers; figures by that kind."""
     n = kind.concurrency // len(kind.answers)
+    parent = kind.tracing.traceparent
     works = (
-        run_clients(url, shapes[answers], n, max(n * each, 2), seed + 500 * place, traceparent=kind.traceparent)
+        run_clients(url, shapes[answers], n, max(n * each, 2), seed + 500 * place, traceparent=parent)
         for place, answers in enumerate(kind.answers)
     )
     found = await asyncio.gather(*works)
@@ -202,7 +225,7 @@ def _summary(
         "tp": tp,
         "concurrency": kind.concurrency,
         "answers": kind.name_of(answers),
-        "traced": "yes" if kind.is_traced else "no",
+        "traced": kind.tracing.name,
         "tokens/s best": best.tokens_per_s,
         "tokens/s median": statistics.median(item.tokens_per_s for item in found),
         "TTFT p50 ms": best.ttft_p50_ms,
