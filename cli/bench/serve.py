@@ -89,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
     if args.peers is not None:
         for name in ("structured", "traces"):
             refuse_beside(args, name, "--peers")
-        if args.devices or args.tp > 1:
-            raise WrongUsage(f"--{'devices' if args.devices else 'tp'}: it has no effect beside --peers")
+        if args.devices:
+            raise WrongUsage("--devices: it has no effect beside --peers")
         return peers.run(args)
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []

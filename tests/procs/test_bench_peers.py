@@ -44,14 +44,29 @@ def test_ours_is_measured_beside_another_engine(
         monkeypatch.setenv(f"ELASTICMOE_{name}", value)
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
-    words = ["--models", str(model_folder("oracle")), "--replicas", "1", "--concurrency", "1,4", "--rounds", "1"]
+    words = [
+        "--models",
+        str(model_folder("oracle")),
+        "--replicas",
+        "1",
+        "--tp",
+        "2",
+        "--concurrency",
+        "1,4",
+        "--rounds",
+        "1",
+    ]
     words += ["--requests-per-client", "2", "--prompt-tokens", "16", "--output-tokens", "8", "--output", str(tmp_path)]
     args = parser.parse_args(words)
     args.peers = (TOY,)
     assert serve.run(args) == 0
     told = json.loads((tmp_path / "peers.json").read_text())
     (result,) = told["results"]
-    assert [visit["title"] for visit in result["visits"]] == ["ElasticMoE, replicas: 1", "Toy 1"]
+    assert [visit["title"] for visit in result["visits"]] == [
+        "ElasticMoE, replicas: 1",
+        "ElasticMoE, replicas: 1 of 2 ranks",
+        "Toy 1",
+    ]
     assert result["failures"] == []
     for visit in result["visits"]:
         assert visit["start_s"] > 0

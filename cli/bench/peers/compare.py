@@ -97,12 +97,12 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 def compare(
-    checkpoint: Path, engines: Sequence[Engine], replicas: Sequence[int], plan: Plan, home: Path
+    checkpoint: Path, engines: Sequence[Engine], sizes: Sequence[tuple[int, int]], plan: Plan, home: Path
 ) -> Iterator[Visit | Failure]:
-    """Measure them all; each visit is told as soon as it is over. Environments are kept under `home`. An engine that
-    cannot be installed has failed in the first round."""
+    """Measure them all; each visit is told as soon as it is over. `sizes`: of ours, replicas and ranks of each.
+    Environments are kept under `home`. An engine that cannot be installed has failed in the first round."""
     with ExitStack() as stack:
-        contestants = [_ours(checkpoint, num) for num in replicas]
+        contestants = [_ours(checkpoint, *size) for size in sizes]
         for engine in engines:
             say(f"{engine.title}: installing it unless it is there, in {home}")
             try:
@@ -116,14 +116,16 @@ def compare(
         yield from visits(contestants, plan, home)
 
 
-def _ours(checkpoint: Path, replicas: int) -> Contestant:
+def _ours(checkpoint: Path, replicas: int, tp: int) -> Contestant:
     def launch(port: int, folder: Path) -> tuple[Launch, dict[str, str]]:
-        size = ("--replicas", str(replicas), "--devices", str(DeviceCount("host", replicas)))
+        devices = str(DeviceCount("host", replicas * tp))
+        size = ("--replicas", str(replicas), "--tp", str(tp), "--devices", devices)
         where = ("--port", str(port), "--admin-port", "0", "--run-dir", str(folder / "run"))
         argv = (*COMMAND, "up", "--model", str(checkpoint), *size, *where)
         return Launch(argv, ready_path="/ready"), importing_environment()
 
-    return Contestant(f"ElasticMoE, replicas: {replicas}", True, launch)
+    title = f"ElasticMoE, replicas: {replicas}"
+    return Contestant(title if tp == 1 else f"{title} of {tp} ranks", True, launch)
 
 
 def _theirs(engine: Engine, environment: Environment, model: Path, demand: Demand) -> Contestant:
