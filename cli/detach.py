@@ -24,7 +24,8 @@ def start_detached(args: argparse.Namespace, settings: Settings, console: Consol
     reader, writer = os.pipe()
     argv = [sys.executable, "-P", "-m", "elasticmoe.cli.main", "up", "--report-fd", str(writer)]
     argv += ["--ready-timeout", str(args.ready_timeout)]
-    argv += [flag for flag, is_set in (("--keep-logs", args.keep_logs), ("--fresh", args.fresh)) if is_set]
+    flags = {"--keep-logs": args.keep_logs, "--keep-state": args.keep_state, "--fresh": args.fresh}
+    argv += [flag for flag, is_set in flags.items() if is_set]
     with open(settings.scaler.run_path / "logs" / "launcher.log", "ab") as log:
         launcher = subprocess.Popen(
             argv,

@@ -1,4 +1,4 @@
-"""What `up` makes of a deployment that was cut off in its run directory: go on with it, begin anew, or refuse. Pure.
+"""What `up` makes of what a deployment has left in its run directory: go on with it, begin anew, or refuse. Pure.
 
 What the flags contradict is told before anything is started; devices that the layout uses, as soon as the store that
 has it answers, and before anything else is started. What only the scaler can tell, it refuses
@@ -44,7 +44,7 @@ def check_devices(layout: Layout | None, settings: Settings) -> None:
 def _refuse(found: list[str], settings: Settings) -> None:
     if found:
         raise Conflict(
-            f"{settings.scaler.run_path} holds what is left of a deployment that was cut off, and it differs: "
+            f"{settings.scaler.run_path} holds what is left of a deployment, and it differs: "
             f"{'; '.join(found)}. Start with its settings to resume it, or with --fresh to begin anew without its "
             f"layout and its journal",
             code=CODE,

@@ -1,4 +1,5 @@
-"""The run directory of one deployment: claimed by one launcher at a time, made private, removed at the end."""
+"""The run directory of one deployment: claimed by one launcher at a time, made private, removed at the end, or kept for
+the next one."""
 
 from __future__ import annotations
 
@@ -23,6 +24,9 @@ _PARTS = (*_VOLATILE, "secrets", "state", "store")
 SECRETS = (ADMIN_TOKEN, *PASSWORDS.values())
 _SECRET_BYTES = 32
 _SECRET_BYTES_MAX = 4096
+_ORDER = "stop-order"  # what `down` wants of the state where the launcher would do something else with it
+_KEEP, _REMOVE = b"keep", b"remove"
+_ORDER_BYTES_MAX = 16
 _FAILURE_FILE = "failure.txt"
 _FAILURE_BYTES_MAX = 64 * 1024
 
@@ -105,7 +109,8 @@ class RunDir:
         """
         for name in _PARTS if keep_logs else (*_PARTS, "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / FILE_NAME).unlink(missing_ok=True)
+        for name in (FILE_NAME, _ORDER):
+            (self.path / name).unlink(missing_ok=True)
         if not keep_logs:
             (self.path / _LOCK).unlink(missing_ok=True)
             self._remove_folders()
@@ -113,14 +118,25 @@ class RunDir:
             os.close(self._fd)
             self._fd = -1
 
-    def keep(self) -> None:
+    def keep(self, *, keep_logs: bool = True) -> None:
         """Leave all that a next start goes on with, and give the claim back."""
         self._remove_volatile()
+        if not keep_logs:
+            self.clear_logs()
         self.release()
+
+    def is_keeping_asked(self, *, otherwise: bool) -> bool:
+        """Whether the state is to be kept: what the last `down` said, `otherwise` where none said anything."""
+        try:
+            order = read_private(self.path / _ORDER, _ORDER_BYTES_MAX)
+        except ConfigError:
+            return True  # somebody has said something: what is kept can still be removed
+        return otherwise if order not in (_KEEP, _REMOVE) else order == _KEEP
 
     def _remove_volatile(self) -> None:
         for name in _VOLATILE:
             shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / _ORDER).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the claim back; a directory in which nothing was made yet is removed. Idempotent."""
@@ -153,6 +169,15 @@ def last_failure(path: Path) -> str | None:
 def is_left_over(path: Path) -> bool:
     """Whether a launcher that was killed has left more than its logs in the run directory. Raises ConfigError."""
     return is_private(path) and (path / _LOCK).exists() and (path / "secrets").exists()
+
+
+def order_stop(path: Path, *, is_keeping: bool, otherwise: bool) -> None:
+    """Tell the launcher that has the run directory `path` whether to keep the state when it is asked to end;
+    `otherwise`: what it does untold, for which nothing has to be written. Raises OSError."""
+    if is_keeping == otherwise:
+        (path / _ORDER).unlink(missing_ok=True)
+    else:
+        write_secret(path / _ORDER, (_KEEP if is_keeping else _REMOVE).decode())
 
 
 def ensure_secret(path: Path) -> None:

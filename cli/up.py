@@ -21,6 +21,7 @@ from elasticmoe.cli.console import Console, PipeConsole, make_console
 from elasticmoe.cli.detach import start_detached
 from elasticmoe.cli.embedded_store import is_answering
 from elasticmoe.cli.exposure import check_api_key, is_loopback
+from elasticmoe.cli.keeping import is_kept, take_up
 from elasticmoe.cli.launcher import Launcher, Plan, State, StopRequested
 from elasticmoe.cli.listeners import ADMIN, ROUTER, Listeners
 from elasticmoe.cli.logs import Logs
@@ -30,7 +31,6 @@ from elasticmoe.cli.resolve import resolve_model
 from elasticmoe.cli.rundir import RunDir
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.devices.names import DeviceCount
-from elasticmoe.common.fence import Fence
 from elasticmoe.common.layout import Activations, Compute, ExchangeKind
 from elasticmoe.common.private import read_secret
 from elasticmoe.common.protocol.errors import ConfigError, ElasticMoEError, InvalidRequest
@@ -111,8 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fresh",
         action="store_true",
-        help="begin anew: drop the layout and the journal that a deployment which was cut off has left",
+        help="begin anew: drop the layout and the journal that an earlier run has left there",
     )
+    keep = "keep layout, policy, journal and token when it is stopped, for the next `up`; as `down --keep-state` does"
+    add("--keep-state", action="store_true", help=keep)
     add("--keep-logs", action="store_true", help="keep the logs also after a clean end")
     add("--detach", action="store_true", help="return when it is ready and leave it running")
     add("--report-fd", type=whole(), help=argparse.SUPPRESS)  # how `--detach` calls itself
@@ -177,8 +179,8 @@ def _with_model(resolved: settings.Settings, console: Console) -> settings.Setti
 
 
 def _devices(resolved: settings.Settings, model: Path) -> str:
-    """The devices where the user named none: as many as fit, and no fewer than the same deployment had that was cut off
-    here."""
+    """The devices where the user named none: as many as fit, and no fewer than the same deployment had of which state
+    is left here."""
     scaler = resolved.scaler
     left = _record_if_sound(scaler.run_path)
     num_left = 0
@@ -189,7 +191,7 @@ def _devices(resolved: settings.Settings, model: Path) -> str:
 
 
 def _record_if_sound(run_dir: Path) -> DeploymentRecord | None:
-    """The record that is left there; None also for one that is damaged, which `_take_up` tells."""
+    """The record that is left there; None also for one that is damaged, which `take_up` tells."""
     try:
         return read_record(run_dir)
     except ConfigError as error:
@@ -208,7 +210,7 @@ def _serve(args: argparse.Namespace, resolved: settings.Settings, run_dir: RunDi
         raise
     try:
         resolved = resolved.replace(port=listeners.port(ROUTER), admin_port=listeners.port(ADMIN))
-        is_left = _take_up(resolved, run_dir, console, is_fresh=args.fresh)
+        is_left = take_up(resolved, run_dir, console, is_fresh=args.fresh)
         listeners.add_local(resolved.scaler.socket("admin"))
         _raise_file_limit()
         if args.report_fd is None:
@@ -249,9 +251,12 @@ def _run_launcher(
     if failed is not None:
         run_dir.note_failure(describe(failed))
     keep_logs = args.keep_logs or failed is not None or launcher.num_unclean > 0
-    # Who asks a deployment that serves to stop ends it. What fails, or never came to serve, ends nobody's layout.
-    if failed is not None if launcher.has_served else is_left:
-        run_dir.keep()
+    is_wanted = run_dir.is_keeping_asked(otherwise=args.keep_state)
+    has_served, has_failed = launcher.has_served, failed is not None
+    if is_kept(is_wanted=is_wanted, has_failed=has_failed, has_served=has_served, is_left=is_left):
+        if is_wanted and not has_failed:
+            plan.record("stopping", (), ())  # none of its processes is there any more
+        run_dir.keep(keep_logs=keep_logs)
         console.line(f"{run_dir.path} keeps its layout and its journal: `elasticmoe up` goes on, `down` drops them")
     else:
         run_dir.remove(keep_logs=keep_logs)
@@ -269,36 +274,6 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     except (ValueError, OSError):
         pass  # `doctor` tells; small models do not need it
-
-
-def _take_up(resolved: settings.Settings, run_dir: RunDir, console: Console, *, is_fresh: bool) -> bool:
-    """Prepare the run directory to go on with a deployment that was cut off there, if there is one, or to begin anew.
-    Whether there is one. Raises Conflict `state_differs`, and ConfigError where nobody can tell."""
-    is_damaged = False
-    try:
-        left = read_record(run_dir.path)
-    except ConfigError as error:
-        if error.code != DAMAGED:
-            raise
-        if not is_fresh:
-            ways = "begin anew with --fresh, or clear it away with `elasticmoe down`"
-            raise ConfigError(f"{error.message}; {ways}", code=DAMAGED) from None
-        left, is_damaged = None, True
-    # One that was cut off before its first layout was committed has left nothing to go on with.
-    has_layout = Fence(resolved.scaler.state_dir, "layout").epoch > 0
-    is_left = is_damaged or has_layout or (left is not None and left.state_format != STATE_FORMAT)
-    if is_left and not is_fresh:
-        if left is not None:
-            resume.check_resumable(left, resolved)
-        if resolved.scaler.store_url:  # an embedded one has to be started first
-            resume.check_devices(checks.layout_left(resolved), resolved)
-        console.line(f"resuming the deployment that was cut off in {run_dir.path}")
-    run_dir.prepare(resolved.scaler)
-    if is_fresh:
-        run_dir.begin_anew(resolved.scaler)
-        if is_left:
-            console.line(f"beginning anew: layout and journal of the deployment in {run_dir.path} are dropped")
-    return is_left
 
 
 def _plan(
@@ -323,6 +298,7 @@ def _plan(
         tp=scaler.tp,
         store=resume.store_name(scaler.store_url),
         state_format=STATE_FORMAT,
+        keeps_state=args.keep_state,
     )
     password = read_secret(scaler.secret(PASSWORDS[WRITER]))
 

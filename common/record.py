@@ -70,6 +70,8 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     compute: the backend that ranks compute with; `activations`: what they multiply bfloat16 weights by
     store: the server that holds its layout, without user and password; empty for the embedded one
     state_format: STATE_FORMAT of the version that started it; 0 of one that did not write it down
+    keeps_state: whether its state stays when it is stopped, unless who stops it says otherwise; None of a version that
+        leaves nothing behind, whoever says what
     """
 
     state: Literal["starting", "serving", "stopping"]
@@ -90,6 +92,7 @@ class DeploymentRecord(msgspec.Struct, frozen=True, kw_only=True):
     store: Annotated[str, Meta(max_length=4096)] = ""
     state_format: Annotated[int, Meta(ge=0)] = 0
     down: tuple[DownRecord, ...] = ()
+    keeps_state: bool | None = None
 
 
 def start_ticks(pid: int) -> int | None:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
@@ -33,6 +33,7 @@ from tests.unit.specs import TINY_MIXTRAL
 if TYPE_CHECKING:
     from scripts.browser import Browser
     from tests.procs.deployment import Deployment
+    from tests.procs.launcher_run import Start
     from tests.procs.page import Page
 
 _NPM_SECONDS_MAX = 300.0
@@ -137,3 +138,54 @@ def small_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         monkeypatch.setattr(tempfile, "tempdir", str(folder))
         yield folder
         monkeypatch.undo()
+
+
+@pytest.fixture
+def run_dir() -> Iterator[Path]:
+    """Where a run directory may be made, at a short path: those of sockets have a limit."""
+    folder = Path(tempfile.mkdtemp(prefix="em-"))
+    yield folder / "run"
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where launchers of the module's tests make and find models."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def start(home: Path, run_dir: Path) -> Iterator[Start]:
+    """`start(ALL, "--fresh")`: a launcher with stand-ins, in `run_dir` unless it says where."""
+    from tests.procs.launcher_run import ALL, Run
+
+    runs: list[Run] = []
+
+    def go(behaviours: dict[str, str] = ALL, *flags: str, at: Path = run_dir, **settings: object) -> Run:
+        runs.append(Run(home, at, behaviours, *flags, **settings))
+        return runs[-1]
+
+    yield go
+    for run in runs:
+        run.close()
+
+
+@pytest.fixture
+def up(model_folder: Callable[[str], Path]) -> Iterator[Callable[..., Deployment]]:
+    """`up(...)`: a deployment in one and the same run directory, whatever earlier ones have left there."""
+    from tests.procs.deployment import Deployment
+    from tests.procs.elastic import SETTINGS
+
+    folder = Path(tempfile.mkdtemp(prefix="em-"))
+    (folder / "points").mkdir()
+    deployments: list[Deployment] = []
+
+    def begin(**settings: Any) -> Deployment:
+        values = {**SETTINGS, "devices": 4, "failpoint_dir": folder / "points", **settings}
+        deployments.append(Deployment(model_folder("oracle"), folder=folder, **values))
+        return deployments[-1]
+
+    yield begin
+    for deployment in reversed(deployments):
+        deployment.discard()
+    shutil.rmtree(folder, ignore_errors=True)

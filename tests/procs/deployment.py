@@ -7,10 +7,11 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ class Deployment:
     `settings` are fields of common.config by name (`kv_bytes=1 << 20`); `flags` are further flags of `up`. The history
     is on, and a rank may stand still for STALL_S.
     The launcher is a child of the test, in the foreground, so that its end is seen at once. `folder`: of a
-    deployment that was cut off, to go on in its run directory; else one of its own. `program`: another version's
-    `elasticmoe`.
+    deployment that was cut off or stopped, to go on in its run directory; else one of its own. `program`: another
+    version's `elasticmoe`.
     """
 
     def __init__(
@@ -263,12 +264,8 @@ class Deployment:
         accepted request ended once. `is_clean` False: children may end with another code than 0. Removes everything.
         """
         try:
-            self.launcher.send_signal(signal.SIGTERM)
-            code = self.launcher.wait(STOP_SECONDS_MAX)
-            assert code == 0, f"the launcher ended with code {code}\n{self.explain()}"
-            assert not processes_of(self.run_dir), f"left running: {processes_of(self.run_dir)}"
+            self._end(lambda: self.launcher.send_signal(signal.SIGTERM))
             assert {entry.name for entry in self.run_dir.iterdir()} == {"launcher.lock", "logs"}
-            self._wait_no_shared_memory()
             if is_clean:
                 stopping = self.output().rpartition("stopping router")[2]
                 assert " ended with " not in stopping, f"a child did not stop cleanly\n{self.explain()}"
@@ -276,6 +273,27 @@ class Deployment:
             return self.report
         finally:
             self.discard()
+
+    def stop_keeping(self, order: Callable[[], object] | None = None) -> None:
+        """As `stop`, but what the next deployment in its folder goes on with stays, and nothing else: no socket and no
+        process. `order` ends it; None: SIGTERM, for one that was started with --keep-state."""
+        self._end(order or (lambda: self.launcher.send_signal(signal.SIGTERM)))
+        kept = {"deployment.json", "launcher.lock", "logs", "secrets", "state", "store"}
+        assert {entry.name for entry in self.run_dir.iterdir()} == kept
+        assert self.record.processes == ()
+        modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (self.run_dir / "secrets").iterdir()}
+        assert set(modes.values()) == {0o600}, modes
+        stopping = self.output().rpartition("stopping router")[2]
+        assert " ended with " not in stopping, f"a child did not stop cleanly\n{self.explain()}"
+        self.report = self.history(is_running=False)
+
+    def _end(self, order: Callable[[], object]) -> None:
+        """End it by `order`: exit status 0, no process and no shared memory is left."""
+        order()
+        code = self.launcher.wait(STOP_SECONDS_MAX)
+        assert code == 0, f"the launcher ended with code {code}\n{self.explain()}"
+        assert not processes_of(self.run_dir), f"left running: {processes_of(self.run_dir)}"
+        self._wait_no_shared_memory()
 
     def _wait_no_shared_memory(self) -> None:
         """Wait until nothing in shared memory is new since its start; others may have something there for a moment."""
@@ -304,6 +322,18 @@ class Deployment:
             self.launcher.wait()
         wait_until(lambda: not processes_of(self.run_dir), "no process left", 30.0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def in_force(deployment: Deployment) -> dict[str, Any]:
+    """What a user expects to find again where it was stopped with its state: size, name, policy, operations, token."""
+    policy = deployment.admin("/v1/policy")
+    return {
+        "replicas": deployment.admin("/v1/layout")["replicas"],
+        "instance": deployment.admin("/v1/scale")["instance_id"],
+        "policy": (policy["version"], policy["policy"]),
+        "operations": deployment.admin("/v1/operations")["operations"],
+        "token": deployment.token,
+    }
 
 
 def _tail(text: str) -> str:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,8 @@ from elasticmoe.common.record import DeploymentRecord, read_record
 from tests.procs.waiting import processes_of, wait_until
 
 ROOT = Path(__file__).parent.parent.parent
+ALL = {"store": "store", "hmm": "idle", "pool": "pool", "scaler": "scaler", "router": "router"}
+SERVING = "is served at"
 
 
 class Run:
@@ -86,6 +89,9 @@ class Run:
             self.process.wait()
         self.output.close()
         wait_until(lambda: not processes_of(self.run_dir), "all processes gone")
+
+
+Start = Callable[..., Run]
 
 
 def store_command(run_dir: Path, command: str) -> bytes:

@@ -43,9 +43,9 @@ def settled(model: Path, folder: Path) -> Path:
     return path
 
 
-def deploy(model: Path, folder: Path, **settings: Any) -> Deployment:
-    """The deployment that is recorded, and goes on in the run directory of `folder`."""
-    flags = ("--served-name", "oracle")
+def deploy(model: Path, folder: Path, *flags: str, **settings: Any) -> Deployment:
+    """The deployment that is recorded, and goes on in the run directory of `folder`. `flags`: further ones of `up`."""
+    flags = ("--served-name", "oracle", *flags)
     return Deployment(model, replicas=REPLICAS, devices=DEVICES, folder=folder, flags=flags, **{**SETTINGS, **settings})
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import stat
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,39 +20,10 @@ import pytest
 
 from elasticmoe.cli.embedded_store import is_answering, server_binary
 from elasticmoe.cli.main import main
-from tests.procs.launcher_run import Run, store_command
+from tests.procs.launcher_run import ALL, SERVING, Run, Start, store_command
 from tests.procs.waiting import free_port, processes_of, wait_until
 
 pytestmark = pytest.mark.procs
-
-ALL = {"store": "store", "hmm": "idle", "pool": "pool", "scaler": "scaler", "router": "router"}
-SERVING = "is served at"
-Start = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture
-def run_dir() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="em-"))  # short: socket paths have a limit
-    yield folder / "run"
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def start(home: Path, run_dir: Path) -> Iterator[Start]:
-    runs: list[Run] = []
-
-    def go(behaviours: dict[str, str] = ALL, *flags: str, at: Path = run_dir, **settings: object) -> Run:
-        runs.append(Run(home, at, behaviours, *flags, **settings))
-        return runs[-1]
-
-    yield go
-    for run in runs:
-        run.close()
 
 
 def test_it_starts_in_order_serves_and_leaves_nothing(start: Start, run_dir: Path) -> None:
@@ -459,7 +428,7 @@ def test_down_after_a_kill_clears_what_was_left(
     run.process.wait()
     wait_until(lambda: not processes_of(run_dir), "all gone")
     assert main(["down", "--run-dir", str(run_dir)]) == 0
-    assert "what an interrupted run left was removed" in capsys.readouterr().out
+    assert "what an earlier run left was removed" in capsys.readouterr().out
     assert sorted(path.name for path in run_dir.iterdir()) == ["launcher.lock", "logs"]
 
 

@@ -3,40 +3,17 @@ what it ignores because of that, drops nothing unasked, and no epoch ever falls 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 
 from tests.procs.deployment import Deployment
-from tests.procs.elastic import SETTINGS
 from tests.procs.failpoints import Failpoints
 from tests.procs.waiting import wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(400)]
 
 Up = Callable[..., Deployment]
-
-
-@pytest.fixture
-def up(model_folder: Callable[[str], Path]) -> Iterator[Up]:
-    """`up(...)`: a deployment in one and the same run directory, whatever earlier ones have left there."""
-    folder = Path(tempfile.mkdtemp(prefix="em-"))
-    (folder / "points").mkdir()
-    deployments: list[Deployment] = []
-
-    def start(**settings: Any) -> Deployment:
-        values = {**SETTINGS, "devices": 4, "failpoint_dir": folder / "points", **settings}
-        deployments.append(Deployment(model_folder("oracle"), folder=folder, **values))
-        return deployments[-1]
-
-    yield start
-    for deployment in reversed(deployments):
-        deployment.discard()
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def seen(deployment: Deployment) -> tuple[int, int, int]:

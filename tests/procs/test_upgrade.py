@@ -1,5 +1,5 @@
 """A deployment that another version has left, cut off in the middle of an operation: the present one goes on with its
-store and its run directory. What was left is recorded (recorded.py)."""
+store and its run directory, and so does the next after an orderly stop. What was left is recorded (recorded.py)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import redis
 from elasticmoe.cli.resume import store_name
 from elasticmoe.common.record import STATE_FORMAT, read_record, write_record
 from tests.procs.clients import check_load_against_oracle, closed_loop
-from tests.procs.deployment import Deployment
+from tests.procs.deployment import Deployment, in_force
 from tests.procs.recorded import RELEASES, REPLICAS_WANTED, deploy, settled, unpack
 from tests.procs.waiting import wait_until
 from tests.unit.stores import Server
@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
 OWN, SHARED = "default", "recorded"  # names of a deployment in a store of its own, and in one that may have others
 RECORDINGS = sorted(RELEASES.glob("*.tar.gz"))
+_ONE_OF_EACH = list({path.name.partition("-")[0]: path for path in RECORDINGS}.values())
 
 
 @pytest.fixture
@@ -79,6 +80,34 @@ def test_what_another_version_has_left_goes_on(
         check_it_goes_on(deploy(model, folder, **settings), model, told)
 
 
+@pytest.mark.parametrize("recording", _ONE_OF_EACH, ids=lambda path: path.name.removesuffix(".tar.gz"))
+def test_what_another_version_has_left_is_stopped_in_order_and_gone_on_with(
+    recording: Path, folder: Path, model_folder: Callable[[str], Path]
+) -> None:
+    model = settled(model_folder("oracle"), folder)
+    told = unpack(recording, folder / "run", model)
+    first = deploy(model, folder, "--keep-state")
+    try:
+        first.wait_ready()
+        check_same(first, told)
+        before = in_force(first)
+        first.stop_keeping()
+        second = deploy(model, folder)
+    except BaseException:
+        first.discard()
+        raise
+    try:
+        second.wait_ready()
+        wait_until(lambda: "is served at" in second.output(), "`up` says where it serves")
+        assert f"resuming the deployment that was stopped in {second.run_dir}" in second.output()
+        assert in_force(second) == before
+        streams = asyncio.run(closed_loop(second.base_url, clients=4, requests=12, seed=1))
+        assert check_load_against_oracle(streams, model) > 0
+        second.stop()
+    finally:
+        second.discard()
+
+
 def check_it_goes_on(deployment: Deployment, model: Path, told: dict[str, Any]) -> None:
     try:
         deployment.wait_ready()
@@ -86,19 +115,7 @@ def check_it_goes_on(deployment: Deployment, model: Path, told: dict[str, Any]) 
         output = deployment.output()
         assert f"resuming the deployment that was cut off in {deployment.run_dir}" in output
         assert f"operation {told['operation']}, which was in progress, goes on" in output
-        assert deployment.wait_operation(told["operation"])["outcome"] == "done"
-        layout = deployment.admin("/v1/layout")
-        assert layout["replicas"] == REPLICAS_WANTED
-        assert layout["fence"] > told["fence"]
-        assert layout["epoch"] > told["epoch"]
-        known = {one["op_id"]: one for one in deployment.admin("/v1/operations")["operations"]}
-        assert told["ended"], "an operation had ended"
-        for ended in told["ended"]:
-            assert ended == {field: known[ended["op_id"]][field] for field in ended}
-        if told["policy"] is not None:
-            policy = deployment.admin("/v1/policy")
-            now = {"version": policy["version"]} | policy["policy"]
-            assert told["policy"] == {field: now[field] for field in told["policy"]}
+        check_same(deployment, told)
         streams = asyncio.run(closed_loop(deployment.base_url, clients=4, requests=12, seed=1))
         assert check_load_against_oracle(streams, model) > 0
         epoch = deployment.admin("/v1/layout")["epoch"]
@@ -107,6 +124,23 @@ def check_it_goes_on(deployment: Deployment, model: Path, told: dict[str, Any]) 
         deployment.stop()
     finally:
         deployment.discard()
+
+
+def check_same(deployment: Deployment, told: dict[str, Any]) -> None:
+    """The operation that was in progress comes to its end; all else is what the version told."""
+    assert deployment.wait_operation(told["operation"])["outcome"] == "done"
+    layout = deployment.admin("/v1/layout")
+    assert layout["replicas"] == REPLICAS_WANTED
+    assert layout["fence"] > told["fence"]
+    assert layout["epoch"] > told["epoch"]
+    known = {one["op_id"]: one for one in deployment.admin("/v1/operations")["operations"]}
+    assert told["ended"], "an operation had ended"
+    for ended in told["ended"]:
+        assert ended == {field: known[ended["op_id"]][field] for field in ended}
+    if told["policy"] is not None:
+        policy = deployment.admin("/v1/policy")
+        now = {"version": policy["version"]} | policy["policy"]
+        assert told["policy"] == {field: now[field] for field in told["policy"]}
 
 
 def test_there_are_recordings_of_other_versions() -> None:

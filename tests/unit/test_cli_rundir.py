@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from elasticmoe.cli import down, rundir
 from elasticmoe.cli.down import terminate
+from elasticmoe.cli.keeping import is_kept
 from elasticmoe.cli.main import main
-from elasticmoe.cli.rundir import RunDir, ensure_secret
+from elasticmoe.cli.rundir import RunDir, ensure_secret, order_stop
 from elasticmoe.common import record
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.protocol.errors import ConfigError, Conflict
@@ -149,6 +152,76 @@ def test_what_a_next_start_goes_on_with_is_kept_and_the_sockets_are_not(path: Pa
     again.release()
 
 
+@pytest.mark.parametrize("otherwise", [False, True])
+def test_what_down_says_of_the_state_counts_until_the_next_start(path: Path, otherwise: bool) -> None:
+    run_dir = prepare(path)
+    assert run_dir.is_keeping_asked(otherwise=otherwise) is otherwise
+    for is_keeping in (not otherwise, otherwise, not otherwise):
+        order_stop(path, is_keeping=is_keeping, otherwise=otherwise)
+        assert run_dir.is_keeping_asked(otherwise=otherwise) is is_keeping
+    order = path / "stop-order"
+    assert stat.S_IMODE(order.stat().st_mode) == 0o600
+    order.write_text("x" * 100)
+    assert run_dir.is_keeping_asked(otherwise=otherwise), "what nobody can read removes nothing"
+    run_dir.release()
+    prepare(path).release()
+    assert not order.exists()
+
+
+@pytest.mark.parametrize(
+    ("is_wanted", "has_failed", "has_served", "is_left", "kept"),
+    [
+        (False, False, True, True, False),  # stopped
+        (True, False, True, False, True),
+        (False, True, True, False, True),  # the deployment failed
+        (True, True, True, False, True),
+        (False, False, False, True, True),  # stopped, or failed, while it started
+        (False, False, False, False, False),
+        (True, False, False, False, True),
+        (False, True, False, True, True),
+        (True, True, False, False, False),  # a first start that failed has committed nothing
+    ],
+)
+def test_what_a_run_leaves(is_wanted: bool, has_failed: bool, has_served: bool, is_left: bool, kept: bool) -> None:
+    found = is_kept(is_wanted=is_wanted, has_failed=has_failed, has_served=has_served, is_left=is_left)
+    assert found is kept
+
+
+def test_a_plain_down_writes_nothing_on_a_full_disk_and_a_keeping_one_stops_nothing(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = prepare(path)
+    launcher = ProcessRecord("launcher", os.getpid(), start_ticks(os.getpid()) or 0)
+    write_record(path, record_of(launcher=launcher, keeps_state=False))
+    stopped: list[ProcessRecord] = []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def end(process: ProcessRecord, _: float) -> bool:
+        stopped.append(process)
+        return True
+
+    monkeypatch.setattr(rundir, "write_secret", full)
+    monkeypatch.setattr(down, "terminate", end)
+    assert main(["down", "--run-dir", str(path), "--keep-state"]) == 1
+    assert capsys.readouterr().err.startswith("elasticmoe: storage_full: nothing was stopped: ")
+    assert stopped == []
+    assert main(["down", "--run-dir", str(path)]) == 0
+    assert stopped == [launcher]
+    run_dir.release()
+
+
+def test_a_damaged_record_is_not_cleared_where_the_state_is_to_be_kept(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepare(path).release()
+    (path / record.FILE_NAME).write_text("{")
+    assert main(["down", "--run-dir", str(path), "--keep-state"]) == 1
+    assert capsys.readouterr().err.startswith("elasticmoe: damaged_record: ")
+    assert (path / "store").is_dir()
+
+
 def test_a_damaged_record_is_cleared_by_down_unless_its_launcher_lives(
     path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +231,7 @@ def test_a_damaged_record_is_cleared_by_down_unless_its_launcher_lives(
     assert capsys.readouterr().err.startswith("elasticmoe: damaged_record: ")
     run_dir.release()
     assert main(["down", "--run-dir", str(path)]) == 0
-    assert "what an interrupted run left was removed" in capsys.readouterr().out
+    assert "what an earlier run left was removed" in capsys.readouterr().out
     assert {entry.name for entry in path.iterdir()} == {"launcher.lock", "logs"}
 
 
