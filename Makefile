@@ -118,7 +118,8 @@ IS_INSTALLED = [ -x $(BIN)/elasticmoe ] || { echo 'there is no $(BIN)/elasticmoe
 accel:
 	@$(IS_INSTALLED)
 	$(if $(STANDIN),$(BIN)/python -m tests.devices.with_standins $(STANDIN)) $(BIN)/elasticmoe bench accel \
-	  $(if $(STANDIN),--devices $(STANDIN):0-1 --device-memory 256MiB --output build/accel) $(ARGS)
+	  $(if $(STANDIN),--devices $(STANDIN):0-1 --device-memory 256MiB --sized-model tiny-qwen3-moe \
+	    --output-tokens 16 --output build/accel) $(ARGS)
 
 # On the first GPU of this machine, with a build of torch for it: compute backends, the contract of devices and whole
 # deployments, by the tests that all of them have to pass.

@@ -25,3 +25,26 @@ def test_contract_parity_and_oracle_hold(kind: str, tmp_path: Path, monkeypatch:
         assert data["raw"]["parity"]["equal"] == data["raw"]["parity"]["answers"]
         assert data["raw"]["oracle"] == {"resizes": 4, "answers": 6, "changed": 0}
         assert not any(standins.used(kind, folder))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", standins.KINDS)
+def test_each_aim_is_measured_and_told_as_no_devices(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with standins.memory(monkeypatch) as folder:
+        standins.install(kind, monkeypatch)
+        words = ["bench", "accel", "--devices", f"{kind}:0-1", "--device-memory", "256MiB", "--output", str(tmp_path)]
+        words += ["--sized-model", "tiny-qwen3-moe", "--output-tokens", "8"]
+        assert main([*words, "--steps", "attach,scaling,decode,exchange"]) == 0
+        data = json.loads((tmp_path / f"accel-{kind}.json").read_text())
+        assert [row["result"] for row in data["rows"]] == ["ok"] * 4
+        assert {aim["result"] for aim in data["aims"]} <= {"met", "missed"}
+        assert all(aim["figures"] for aim in data["aims"])
+        grown, ceiling = data["raw"]["scaling"]["run"]["operations"][0], data["raw"]["scaling"]["ceiling"]
+        assert ceiling["bytes"] == grown["figures"]["bytes_copied"], "plain copies were of the same sizes"
+        assert {row["bits"] for row in data["raw"]["exchange"]} == {"the same"}
+        assert data["driver"]["is_vendors"] is False
+        assert str(folder) not in json.dumps(data)
+        assert "these are figures of no device" in capsys.readouterr().out
+        assert not any(standins.used(kind, folder))

@@ -8,12 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from elasticmoe.cli.bench import accel
+from elasticmoe.cli.bench.accel_aims import attach_aim, copies_aim, decode_aim, flip_aim
 from elasticmoe.cli.bench.accel_answers import GreedyAnswer, difference
+from elasticmoe.cli.bench.accel_floor import chosen_experts, step_bytes
+from elasticmoe.cli.bench.accel_resize import transition_of
+from elasticmoe.cli.bench.accel_sized import SizedModel
 from elasticmoe.cli.bench.deployment import first_of
+from elasticmoe.cli.bench.scaling_figures import Figures
+from elasticmoe.cli.bench.scaling_run import Run
 from elasticmoe.cli.main import main
+from elasticmoe.cli.models.configs import TINY_QWEN3_MOE
+from elasticmoe.common.families import parse_spec
 from elasticmoe.common.protocol.errors import DeviceError
 
 
@@ -106,6 +115,11 @@ def test_every_step_is_told_whatever_the_others_do(
         ("decode", "failed", "1 request failed"),
     ]
     assert (data["devices"], data["raw"]["attach"]) == ("npu:0", {"ms": 12})
+    assert {(one["result"], one["found"]) for one in data["aims"]} == {
+        ("not measured", "attach: ok"),  # by a step that told of no aim
+        ("not measured", "scaling: not asked for"),
+        ("not measured", "decode: failed"),
+    }
     assert {"commit", "cpu", "python"} <= set(data["provenance"])
     assert {"driver", "torch", "torch-npu"} <= {one["name"] for one in data["installed"]}
     assert "it did not come up" in capsys.readouterr().out
@@ -117,24 +131,115 @@ def test_every_step_is_told_whatever_the_others_do(
     assert "--devices host:2 are no accelerators: these are npu and cuda" in capsys.readouterr().err
 
 
+def figures(direction: str, done_s: float, pause_ms: float, failed: int) -> Figures:
+    """Of a change, with a step of 10 ms before it."""
+    zeros = dict.fromkeys((field.name for field in msgspec.structs.fields(Figures)), 0)
+    told = {"direction": direction, "done_s": done_s, "pause_ms": pause_ms, "failed": failed, "gap_p50_ms": 10.0}
+    return Figures(**{**zeros, **told})  # type: ignore[arg-type]
+
+
+def operation(gap_ms: float | None, copied_s: float) -> dict[str, Any]:
+    """What a change leaves, with what was seen beside it."""
+    return {
+        "planned": {"experts_moved": 5},
+        "figures": {"bytes_copied": 80_000_000},
+        "watched": {"flip_gap_ms": gap_ms, "copied_s": copied_s},
+    }
+
+
+@pytest.fixture
+def sized(monkeypatch: pytest.MonkeyPatch) -> SizedModel:
+    """In place of one that is made."""
+    spec = parse_spec(TINY_QWEN3_MOE, "bfloat16")
+    model = SizedModel("/checkpoint", spec, {"device_bytes": 1 << 30}, {"name": "small"})
+    monkeypatch.setattr(accel, "find_sized", lambda *_: model)
+    return model
+
+
+CEILING = {"bytes_per_s": 1e9, "memory_bytes_per_s": 2e9}
+
+
 @pytest.mark.parametrize(("failed", "result"), [(0, "ok"), (2, "failed")])
+@pytest.mark.usefixtures("sized")
 def test_scaling_tells_of_both_ways_and_of_requests_that_failed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failed: int, result: str
 ) -> None:
-    up = {"direction": "up", "done_s": 2.5, "pause_ms": 40.0, "failed": 0}
-    down = {"direction": "down", "done_s": 0.5, "pause_ms": 12.0, "failed": failed}
-    ran = {"runs": [{"run": {"figures": [up, down]}}]}
-    monkeypatch.setattr(accel._Accelerators, "_bench", lambda *_: ran)
+    changes = (figures("up", 2.5, 40.0, 0), figures("down", 0.5, 12.0, failed))
+    ran = Run(changes, (), (operation(12.0, 0.1), operation(9.0, 0.0)))
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(accel, "resize", lambda *_, **__: ran)
+    monkeypatch.setattr(accel, "measure_ceiling", lambda *given: asked.append(given) or CEILING)
     words = ["bench", "accel", "--devices", "cuda:0-1", "--output", str(tmp_path), "--steps", "scaling"]
     assert main(words) == (failed > 0)
-    (row,) = json.loads((tmp_path / "accel-cuda.json").read_text())["rows"]
+    data = json.loads((tmp_path / "accel-cuda.json").read_text())
+    (row,) = data["rows"]
     assert row["result"] == result
     assert row["found"] == f"up 2.5 s, pause 40 ms; down 0.5 s, pause 12 ms; {failed} requests failed"
+    aims = {one["aim"]: one for one in data["aims"]}
+    assert (aims["flip"]["result"], aims["copies"]["result"]) == ("missed", "met"), "a missed aim is no failure"
+    assert aims["flip"]["figures"] == {"gap_ms": 40.0, "flip_gap_ms": 12.0, "step_ms": 10.0, "ratio": 4.0}
+    assert aims["copies"]["figures"]["ratio"] == pytest.approx(0.8)
+    ((devices, large, sizes),) = asked
+    assert (devices, large, len(sizes)) == (("cuda:0", "cuda:1"), 256 << 20, 1 + 3 + 5), "the sizes that were copied"
+
+
+@pytest.mark.usefixtures("sized")
+def test_decoding_is_told_beside_the_floor_of_its_batch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"concurrency": n, "TPOT p50 ms": 1.0, "tokens/s best": 100.0} for n in (1, 8, 32)]
+    monkeypatch.setattr(accel._Accelerators, "_bench", lambda *_, **__: {"rows": rows})
+    monkeypatch.setattr(accel, "measure_ceiling", lambda *_: CEILING)
+    words = ["bench", "accel", "--devices", "cuda:0", "--output", str(tmp_path), "--steps", "decode"]
+    assert main(words) == 0
+    data = json.loads((tmp_path / "accel-cuda.json").read_text())
+    found = [one for one in data["aims"] if one["aim"].startswith("decode")]
+    floors = [one["figures"]["floor_ms"] for one in found]
+    assert floors == sorted(floors)
+    for one, floor in zip(found, data["raw"]["decode"]["floors"], strict=True):
+        assert one["figures"]["bytes"] == pytest.approx(floor["dense"] + floor["experts"] + floor["kv"])
+        assert one["figures"]["ratio"] == pytest.approx(1.0 / one["figures"]["floor_ms"])
+        assert one["result"] == ("met" if one["figures"]["ratio"] <= 1.5 else "missed")
+
+
+def test_a_step_reads_dense_weights_the_experts_that_are_to_be_expected_and_its_kv() -> None:
+    assert chosen_experts(64, 8, 1) == pytest.approx(8)
+    assert chosen_experts(64, 8, 2) == pytest.approx(8 + 8 * 56 / 64)
+    assert chosen_experts(64, 8, 10_000) == pytest.approx(64)
+    spec = parse_spec(TINY_QWEN3_MOE, "float32")
+    hidden, layers, vocab, width, heads, kv_heads, dim = 96, 3, spec.vocab, 40, 6, 3, 24
+    read = step_bytes(spec, 1, 10.0)
+    attention = hidden * (heads + 2 * kv_heads) * dim + heads * dim * hidden + 2 * dim
+    layer = attention + 2 * hidden + hidden * 11
+    assert read.dense == 4 * (vocab * hidden + hidden + hidden + layers * layer)  # the head, and a row of the embedding
+    assert read.experts == pytest.approx(4 * layers * 3 * 3 * hidden * width)
+    assert read.kv == 4 * 10 * layers * 2 * kv_heads * dim
+    assert read.total == read.dense + read.experts + read.kv
+
+
+def test_aims_are_met_to_the_letter() -> None:
+    assert (attach_aim(200.0).result, attach_aim(200.1).result) == ("met", "missed")
+    assert [flip_aim(10.0, [9.0, gap], [1.0]).result for gap in (15.0, 15.1)] == ["met", "missed"]
+    assert [copies_aim(7, seconds, 10.0).result for seconds in (1.0, 1.01, 0.0)] == ["met", "missed", "not measured"]
+    assert [decode_aim(ms, 100.0, 1e5).result for ms in (1.5, 1.6)] == ["met", "missed"]
+
+
+def test_the_hmms_log_says_when_it_copied_and_when_all_had_flipped() -> None:
+    def line(phase: str, second: str, op_id: str = "op") -> str:
+        entry = {"ts": f"2026-11-29T07:00:{second}+00:00", "message": "transition"}
+        return json.dumps(entry | {"operation_id": op_id, "phase": phase})
+
+    lines = [line("copying", "01.000"), line("staged", "01.250"), line("staged", "09.000", "other"), "half a li", "[]"]
+    assert transition_of(lines, "op").copied_s == pytest.approx(0.25)
+    assert transition_of(lines, "op").flip is None
+    lines += [line("committed", "02.000"), line("flipped", "02.010")]
+    flip = transition_of(lines, "op").flip
+    assert flip is not None
+    assert flip.end - flip.start == pytest.approx(0.012), "with a millisecond on each side"
+    assert transition_of([], "op").copied_s == 0.0
 
 
 def test_a_benchmark_that_fails_is_told_with_its_last_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     words = ["bench", "accel", "--devices", "npu:0", "--output", str(tmp_path), "--steps", "attach"]
-    assert main(words) == 1
+    assert main([*words, "--sized-model", "tiny-mixtral"]) == 1
     assert "--devices npu:0: 2 devices needed" in capsys.readouterr().out
 
 
