@@ -23,7 +23,7 @@ from elasticmoe.common.devices.base import Device, FdToken, Handle, KeyToken, Ra
 from elasticmoe.common.devices.factory import backend_of, granularity_of, importer_number, memory_of, open_device
 from elasticmoe.common.devices.names import DeviceCount, DeviceId
 from elasticmoe.common.devices.telling import ask_driver
-from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError
 
 PACKET_BYTES_MAX = 1 << 16
 _BUDGET = 8 << 30
@@ -64,6 +64,20 @@ class Tester:
     def memory(self, names: list[str]) -> Answered:
         """Free bytes and all bytes of each of these devices, by its name."""
         return memory_of(names), None
+
+    def reaches(self) -> Answered:
+        """Of each other device that the driver shows, by its name, whether this one can access its memory."""
+        own, found = DeviceId.parse(self._name), dict[str, bool]()
+        backend, index = backend_of(self._kind), 0
+        while True:
+            try:
+                backend.check(index)
+            except DeviceError:
+                return found, None
+            if index != own.index:
+                other = str(DeviceId(own.host, own.backend, index))
+                found[other] = self._device.reaches(other)
+            index += 1
 
     def number(self) -> Answered:
         """By what an owner admits this process."""

@@ -48,6 +48,7 @@ class SelfTest:
         """Takes seconds on a device in order, and at most some minutes on any."""
         steps: list[tuple[str, Step]] = [
             ("open", self._open),
+            ("access to other devices", self._reaches),
             ("create, export, map, unmap", self._calls),
             ("copy", self._copies),
             ("a stranger imports", self._stranger),
@@ -97,6 +98,15 @@ class SelfTest:
         if free < budget * self._parts:
             return "warn", f"{text}, and so much is not free: give --device-memory", figures
         return "ok", text, figures
+
+    def _reaches(self) -> tuple[Level, str, dict[str, float]]:
+        told: dict[str, bool] = self._owner.ask("reaches", seconds=_SECONDS)
+        if not told:
+            return "not run", "the driver shows no other device", {}
+        if lacking := [name for name, reaches in told.items() if not reaches]:
+            text = f"{self._device} cannot access the memory of {', '.join(lacking)}: a deployment on both needs"
+            return "warn", f"{text} --exchange shm" if self._kind == "cuda" else f"{text} NPUs that can", {}
+        return "ok", f"it can access the memory of {', '.join(told)}", {}
 
     def _calls(self) -> tuple[Level, str, dict[str, float]]:
         took = self._owner.ask("calls", _NUM_CALLS, seconds=_SECONDS)

@@ -110,6 +110,16 @@ class AcceleratorDevice(Device):
         driver.open(index)
         return driver.memory(index)
 
+    @property
+    def identity(self) -> str:
+        """See Device."""
+        return self._driver.identity(self._index)
+
+    def reaches(self, other: str) -> bool:
+        """See Device."""
+        peer = DeviceId.parse(other).index
+        return peer == self._index or self._driver.can_access(self._index, peer)
+
     @classmethod
     def _of_this_process(cls) -> Driver:
         with cls._opening:

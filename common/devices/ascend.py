@@ -8,6 +8,7 @@ the rules with their sources. What has run on hardware: `docs/ascend.md`.
   number that the process has on the machine. The driver refuses what was admitted before the importer started.
 - Only whoever made a handle exports it or admits to it, and a process that exports does not import. So a successor
   takes nothing over: memory outlives its owner where ranks hold it, and nobody else can reach it.
+- No kernel touches another device's memory: what is copied from there or to there, the driver copies.
 - Access is not narrowed: what an importer may map, it may write.
 """
 
@@ -17,13 +18,17 @@ import ctypes
 import threading
 from collections.abc import Hashable, Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
-from typing import Any, ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
 from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import Handle, KeyToken, Space, Token
+from elasticmoe.common.devices.torch_devices import queue_of
 from elasticmoe.common.protocol.errors import DeviceError
 from elasticmoe.common.wording import counted
+
+if TYPE_CHECKING:
+    import torch
 
 _REPEATED_INIT: Final = 100002  # another library of this process, such as torch_npu, was first
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # aclrtMemcpyKind
@@ -90,6 +95,7 @@ CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "aclrtMemExportToShareableHandle": (c_void_p, c_int, c_uint64, POINTER(c_uint64)),
     "aclrtMemSetPidToShareableHandle": (c_uint64, POINTER(c_int32), c_size_t),
     "aclrtMemImportFromShareableHandle": (c_uint64, c_int32, POINTER(c_void_p)),
+    "aclrtDeviceCanAccessPeer": (POINTER(c_int32), c_int32, c_int32),
     "aclrtDeviceEnablePeerAccess": (c_int32, c_uint32),
     "aclrtCreateStream": (POINTER(c_void_p),),
     "aclrtMemcpyAsync": (c_void_p, c_size_t, c_void_p, c_size_t, c_int, c_void_p),
@@ -100,6 +106,7 @@ CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "aclrtRecordEvent": (c_void_p, c_void_p),
     "aclrtQueryEventStatus": (c_void_p, POINTER(c_int)),
     "aclrtSynchronizeEvent": (c_void_p,),
+    "aclrtSynchronizeStream": (c_void_p,),
     "aclrtSynchronizeDevice": (),
 }
 NEWER_CALLS: Final[dict[str, tuple[Any, ...]]] = {
@@ -107,6 +114,8 @@ NEWER_CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "aclrtMemSetPidToShareableHandleV2": (POINTER(c_uint64), c_int, POINTER(c_int32), c_size_t),
     "aclrtMemImportFromShareableHandleV2": (POINTER(c_uint64), c_int, c_uint64, POINTER(c_void_p)),
 }
+# Its argument is a device's number as this process has it, whatever the name says (the call's page, CANN 9.1).
+IDENTITY_CALLS: Final[dict[str, tuple[Any, ...]]] = {"aclrtGetPhyDevIdByLogicDevId": (c_int32, POINTER(c_int32))}
 _HINT: Final = "install CANN's runtime and its driver, and source CANN's set_env.sh, which puts it on LD_LIBRARY_PATH"
 
 
@@ -116,7 +125,7 @@ class _AclDriver(Driver):
 
     def __init__(self, path: str) -> None:
         """Raises DeviceError no_driver; no_device where the driver sees none."""
-        super().__init__(Library(path, CALLS, NEWER_CALLS, REFUSALS, _HINT))
+        super().__init__(Library(path, CALLS, NEWER_CALLS | IDENTITY_CALLS, REFUSALS, _HINT))
         self._streams: dict[int, int] = {}  # of each device that is open
         self._thread = threading.local()
         self._peers: set[tuple[int, int]] = set()
@@ -143,6 +152,21 @@ class _AclDriver(Driver):
             stream = c_void_p()
             self.library.call("aclrtCreateStream", byref(stream))
             self._streams[device] = stream.value or 0
+
+    def identity(self, device: int) -> str:
+        """The number that the machine gives the NPU, also in a container."""
+        if not self.library.has("aclrtGetPhyDevIdByLogicDevId"):
+            return ""
+        self._set(device)
+        number = c_int32()
+        self.library.call("aclrtGetPhyDevIdByLogicDevId", device, byref(number))
+        return f"NPU {number.value} of the machine"
+
+    def can_access(self, device: int, peer: int) -> bool:
+        self._set(device)
+        can = c_int32()
+        self.library.call("aclrtDeviceCanAccessPeer", byref(can), device, peer)
+        return bool(can.value)
 
     def granularity(self, device: int) -> int:
         self._set(device)
@@ -220,10 +244,14 @@ class _AclDriver(Driver):
         self.library.call("aclrtDeviceGetBareTgid", byref(number))
         return number.value
 
+    def _set_once(self, device: int) -> None:
+        """For what a thread of one device asks for thousands of times: a rank's, where torch_npu sets no other one."""
+        if getattr(self._thread, "device", None) != device:
+            self._set(device)
+
     def import_(self, device: int, key: int) -> int:
         """A handle of what another process has exported. Raises DeviceError not_admitted."""
-        if getattr(self._thread, "device", None) != device:  # once for thousands of handles, by a thread of one device
-            self._set(device)
+        self._set_once(device)
         handle = c_void_p()
         if self.is_newer:
             self.library.call(
@@ -249,8 +277,20 @@ class _AclDriver(Driver):
         self.library.call("aclrtRecordEvent", event, stream)
         return event.value or 0
 
+    def queue_copy(self, device: int, target: int, source: int, nbytes: int, queue: int | None) -> None:
+        """Begin to copy on the stream `queue`; without one, copy. Devices of imported memory are let in already: the
+        driver does that with the import."""
+        self._set_once(device)
+        stream = self._streams[device] if queue is None else queue
+        self.library.call("aclrtMemcpyAsync", target, nbytes, source, nbytes, _DEVICE_TO_DEVICE, stream)
+        if queue is None:
+            self.library.call("aclrtSynchronizeStream", stream)
+
     def _let_in(self, device: int, peer: int) -> None:
         if (device, peer) not in self._peers:
+            if not self.can_access(device, peer):
+                text = f"npu:{device} cannot access the memory of npu:{peer}, and nothing can be copied between them"
+                raise DeviceError(f"{text}: name NPUs in --devices that can", code="no_peer_access")
             self.library.call("aclrtDeviceEnablePeerAccess", peer, 0)
             self._peers.add((device, peer))
 
@@ -301,6 +341,15 @@ class AscendDevice(AcceleratorDevice):
         driver = super()._of_this_process()
         assert isinstance(driver, _AclDriver), "as _load has made it"
         return driver
+
+    def queue_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """By the driver: of torch's own copy torch_npu makes a kernel (aclnnInplaceCopy)."""
+        is_like = (target.shape, target.dtype) == (source.shape, source.dtype)
+        if not (is_like and target.is_contiguous() and source.is_contiguous()):
+            raise self._broken("a copy is of tensors of one form, without gaps", code="out_of_range")
+        if nbytes := target.nbytes:
+            queue = queue_of(target.device)
+            self._driver.queue_copy(self._index, target.data_ptr(), source.data_ptr(), nbytes, queue)
 
     @classmethod
     def importer_number(cls, index: int) -> int:

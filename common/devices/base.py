@@ -23,6 +23,7 @@ all of them, so that a test on the host finds what would break on a device. Each
 | still_mapped        | a mapped handle is not released, a range with mappings is not given back          |
 | released            | a retired or released handle, a range or device that is gone, is not used again   |
 | read_only           | what was exported read-only is mapped read-only, and not written where it is      |
+| other_hardware      | owner and users of a device mean the same hardware by its name                    |
 
 Addresses are the device's: of those that are mapped here, this interface reads, writes and copies. Whether the CPU may
 touch them is the backend's affair, and nobody else does; what computes on them are the tensors of `wrap`.
@@ -58,6 +59,28 @@ class Device(Handles):
         """What the driver says of the memory of device `index`, which this process opens for it; None where a device's
         memory is the machine's. Raises DeviceError no_driver, no_device."""
         return None
+
+    # ---- Hardware
+
+    @property
+    def identity(self) -> str:
+        """What names this device's hardware alike in all processes of the machine, also where they see other devices
+        by its name; empty where there is nothing to tell apart, or the driver tells nothing. Raises DeviceError."""
+        return ""
+
+    def check_identity(self, owners: str) -> None:
+        """Raise DeviceError other_hardware where this is not the hardware that the owner of its memory calls `owners`,
+        as far as both know."""
+        own = self.identity
+        if own and owners and own != owners:
+            text = f"it is {own} in this process, and {owners} to the owner of its memory: let all processes see the "
+            text += "same devices (CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES)"
+            raise self._broken(text, code="other_hardware")
+
+    def reaches(self, other: str) -> bool:  # noqa: ARG002
+        """Whether what computes here may touch the memory of the device called `other`, of the same host and backend.
+        Raises DeviceError."""
+        return True
 
     # ---- Ranges and mappings
 
@@ -171,6 +194,12 @@ class Device(Handles):
     def open_torch(self) -> torch.device:
         """Where torch has the tensors of `wrap`, once it can compute there. Raises DeviceError no_torch."""
         return open_torch("cpu")
+
+    def queue_copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy between tensors of this device, of the same shape and dtype and without gaps, in the order of what torch
+        computes here, which is queued: `target` is there when that is. Either may be over memory that another device of
+        the host has, and that is mapped here. Raises DeviceError, or what torch raises."""
+        target.copy_(source)
 
     # ---- Bytes
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+import uuid
 from collections.abc import Hashable, Mapping, Sequence
 from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_ushort, c_void_p
 from typing import Any, ClassVar, Final
@@ -92,6 +93,7 @@ CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "cuInit": (c_uint,),
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
+    "cuDeviceCanAccessPeer": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxSetCurrent": (c_void_p,),
     "cuCtxSynchronize": (),
@@ -118,6 +120,10 @@ CALLS: Final[dict[str, tuple[Any, ...]]] = {
     "cuEventQuery": (c_void_p,),
     "cuEventSynchronize": (c_void_p,),
 }
+_Uuid = c_ubyte * 16  # CUuuid
+NEWER_CALLS: Final[dict[str, tuple[Any, ...]]] = {  # of CUDA 11.4
+    "cuDeviceGetUuid_v2": (POINTER(_Uuid), c_int),
+}
 _HINT: Final = "install NVIDIA's driver; in a container, start it with the NVIDIA container toolkit"
 
 
@@ -128,7 +134,7 @@ class _CudaDriver(Driver):
 
     def __init__(self, path: str) -> None:
         """Raises DeviceError no_driver; no_device where the driver sees none."""
-        super().__init__(Library(path, CALLS, {}, REFUSALS, _HINT))
+        super().__init__(Library(path, CALLS, NEWER_CALLS, REFUSALS, _HINT))
         self._contexts: dict[int, int] = {}  # of each device that is open
         self._streams: dict[int, int] = {}
         self._narrows = True  # until the driver says that it cannot
@@ -162,6 +168,19 @@ class _CudaDriver(Driver):
             self._set(device)
             self.library.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
             self._streams[device] = stream.value or 0
+
+    def identity(self, device: int) -> str:
+        """The UUID of the GPU, or of the part that MIG has made of one."""
+        if not self.library.has("cuDeviceGetUuid_v2"):
+            return ""
+        told = _Uuid()
+        self.library.call("cuDeviceGetUuid_v2", byref(told), device)
+        return str(uuid.UUID(bytes=bytes(told)))
+
+    def can_access(self, device: int, peer: int) -> bool:
+        can = c_int()
+        self.library.call("cuDeviceCanAccessPeer", byref(can), device, peer)
+        return bool(can.value)
 
     def granularity(self, device: int) -> int:
         nbytes = c_size_t()

@@ -106,6 +106,15 @@ class Driver(ABC):
         """Make a device usable in this process. Idempotent. Raises DeviceError no_device where there is none."""
 
     @abstractmethod
+    def identity(self, device: int) -> str:
+        """What names the hardware of a device alike in all processes of the machine, whatever number it has there;
+        empty where the driver does not say."""
+
+    @abstractmethod
+    def can_access(self, device: int, peer: int) -> bool:
+        """Whether what runs on a device may touch memory of another one, the `peer`."""
+
+    @abstractmethod
     def granularity(self, device: int) -> int:
         """Bytes of which sizes and addresses are multiples."""
 

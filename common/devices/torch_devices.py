@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _EXTENSIONS: Final = {"npu": "torch_npu"}  # by torch's types of devices: the package without which it knows none
+_QUEUES: Final = {"npu": "npu_stream"}  # of torch's stream, by its type of device: the driver's own
 _WITHOUT_FLOAT64: Final = frozenset({"npu"})  # torch's types of devices
 
 
@@ -59,6 +60,18 @@ def open_torch(name: str) -> torch.device:
         return device
     except (RuntimeError, AssertionError) as error:  # torch has both, and no class of its own for it
         raise DeviceError(f"torch cannot use {name}: {_first_line(error)}", code="no_torch") from None
+
+
+def queue_of(device: torch.device) -> int | None:
+    """The driver's stream on which torch computes there, by this thread; None where it computes at once. What is asked
+    of the driver itself comes after all that torch was asked for: torch_npu, which has a queue of its own before the
+    driver's, empties it when it is asked for the stream (`NPUStream::stream` in its source). So ask each time."""
+    name = _QUEUES.get(device.type)
+    if name is None:
+        return None
+    import torch
+
+    return int(getattr(getattr(torch, device.type).current_stream(device), name))
 
 
 def has_float64(device: torch.device) -> bool:

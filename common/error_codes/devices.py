@@ -12,6 +12,14 @@ DEVICES: dict[str, Code] = {
     "unknown_backend": Code("A device is of a kind that no backend has", "Use one of those that the text names"),
     "no_driver": Code("The library of a device's driver cannot be loaded", "Install it, as the text says"),
     "no_device": Code("The driver has no such device", "Name one that it shows, or make it visible"),
+    "no_peer_access": Code(
+        "A device cannot access another one's memory, which has to be",
+        "As the text says: start with `--exchange shm`, or name other devices",
+    ),
+    "other_hardware": Code(
+        "A rank sees other hardware than the HMM by a device's name",
+        "Let all processes see the same devices: `CUDA_VISIBLE_DEVICES`, `ASCEND_RT_VISIBLE_DEVICES`",
+    ),
     "no_process": Code(
         "A process that is to use a device cannot be started",
         "See the text: limits of the machine or of this user",

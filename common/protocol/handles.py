@@ -137,6 +137,8 @@ class AttachReply(Message, frozen=True):
     kv_bytes_reserved: address space for all KV that the device could ever hold, a multiple of a KV handle's bytes
     bus, ledger: memory of the host: all ranks share the one, the seat has the other
     exchange: how its ranks exchange tokens
+    identity: what the HMM's driver calls the hardware of the seat's device; a rank whose driver calls it otherwise maps
+        nothing. Empty where the driver tells none
     """
 
     memory_id: str
@@ -148,6 +150,7 @@ class AttachReply(Message, frozen=True):
     bus: Segment
     ledger: Segment
     exchange: ExchangeKind = "shm"
+    identity: Annotated[str, Meta(max_length=NAME_CHARS_MAX)] = ""
 
 
 class Applied(Message, frozen=True):

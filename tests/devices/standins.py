@@ -111,7 +111,10 @@ def device_class(kind: str, path: Path) -> type[AcceleratorDevice]:
 
 
 def loaded(kind: type[AcceleratorDevice]) -> Any:
-    """The library itself, for what only a stand-in tells: `standin_calls()`, `standin_used(device)`."""
+    """The library itself, for what only a stand-in tells: `standin_calls()`, `standin_used(device)`; of an NPU's
+    `standin_num_queued()` and `standin_bytes_queued()`, of copies from device memory to device memory on a stream."""
     made = ctypes.CDLL(kind.library)
-    made.standin_calls.restype = made.standin_used.restype = ctypes.c_uint64
+    for name in ("standin_calls", "standin_used", "standin_num_queued", "standin_bytes_queued"):
+        if hasattr(made, name):
+            getattr(made, name).restype = ctypes.c_uint64
     return made

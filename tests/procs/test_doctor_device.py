@@ -26,6 +26,7 @@ from tests.procs.hmm_harness import ROOT
 pytestmark = pytest.mark.procs
 CHAIN = (
     "open",
+    "access to other devices",
     "create, export, map, unmap",
     "copy",
     "a stranger imports",
@@ -89,6 +90,24 @@ def test_the_report_tells_of_the_installation_and_of_the_memory(
     assert by_name["remap under a captured graph"]["text"].startswith(
         "torch_npu cannot be imported" if kind == "npu" else f"torch {torch.__version__} has no cuda device here"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "level", "text"),
+    [
+        ({}, "ok", "it can access the memory of {0}:1, {0}:2, {0}:3"),
+        ({"STANDIN_NO_PEERS": "0-2"}, "warn", "{0}:0 cannot access the memory of {0}:2: a deployment on both needs "),
+        ({"STANDIN_DEVICES": "1"}, "not run", "the driver shows no other device"),
+    ],
+)
+def test_devices_whose_memory_it_cannot_access_are_named(
+    kind: str, settings: dict[str, str], level: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    found = next(finding for finding in SelfTest(f"{kind}:0").run() if finding.name == "access to other devices")
+    assert found.level == level
+    assert found.text.startswith(text.format(kind))
 
 
 def test_a_step_that_fails_is_told_and_what_needed_it_is_not_run(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

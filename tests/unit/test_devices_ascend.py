@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elasticmoe.common.devices.ascend import CALLS, NEWER_CALLS, REFUSALS, AscendDevice, _AclDriver
+from elasticmoe.common.devices.ascend import CALLS, IDENTITY_CALLS, NEWER_CALLS, REFUSALS, AscendDevice, _AclDriver
 from elasticmoe.common.devices.base import ProcessRules
 from elasticmoe.common.devices.driver import CopyPart
 from elasticmoe.common.devices.factory import backend_of
@@ -149,6 +149,21 @@ def imported_while_it_is_there(pair: Pair) -> None:
     pair.user.import_(0, key)
 
 
+def peers_that_can_are_let_in(pair: Pair) -> None:
+    """The driver's own calls: ours asks first."""
+    pair.owner.own_number(0)  # sets the device
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("STANDIN_NO_PEERS", "1-0")
+        pair.owner.library.call("aclrtDeviceEnablePeerAccess", 1, 0)
+
+
+def imported_by_peers_that_can(pair: Pair) -> None:
+    key = pair.shared()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("STANDIN_NO_PEERS", "0-1")
+        pair.user.import_(1, key)
+
+
 BREACHES: dict[str, Callable[[Pair], object]] = {
     "memory_of_the_device": breaches.more_memory_than_there_is,
     "mapped_granular": breaches.map_beside_a_granule,
@@ -168,7 +183,7 @@ for _breach in (
     *(mapped_from_offset_0, range_of_one_device),
     *(range_of_one_origin, unmapped_from_its_start, lost_device_stays_lost, exported_once),
     *(exported_by_its_maker, imported_once, imported_elsewhere, imported_when_admitted, admitted_after_its_start),
-    *(admitted_by_its_exporter, imported_while_it_is_there),
+    *(admitted_by_its_exporter, imported_while_it_is_there, peers_that_can_are_let_in, imported_by_peers_that_can),
 ):
     BREACHES[_breach.__name__] = _breach
 
@@ -189,8 +204,9 @@ def test_each_error_of_the_stand_in_is_listed() -> None:
 def test_calls_and_codes_are_what_the_vendor_declares() -> None:
     includes = vendor.headers(vendor.ASCEND)
     include = includes[1]
-    check_sizes("acl/acl_rt.h", includes, {**CALLS, **NEWER_CALLS})
-    check_declared((include / "acl_rt.h").read_text(), "aclError", {**CALLS, **NEWER_CALLS})
+    calls = CALLS | NEWER_CALLS | IDENTITY_CALLS
+    check_sizes("acl/acl_rt.h", includes, calls)
+    check_declared((include / "acl_rt.h").read_text(), "aclError", calls)
     codes = (include / "acl_base_rt.h").read_text() + (include / "error_codes/rt_error_codes.h").read_text()
     check_codes(codes, REFUSALS)
 

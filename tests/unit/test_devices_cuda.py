@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from elasticmoe.common.devices.base import Device, FdToken, Handle, ProcessRules
-from elasticmoe.common.devices.cuda import CALLS, REFUSALS, CudaDevice, _Allocation, _CudaDriver, _CudaLocation
+from elasticmoe.common.devices.cuda import (
+    CALLS,
+    NEWER_CALLS,
+    REFUSALS,
+    CudaDevice,
+    _Allocation,
+    _CudaDriver,
+    _CudaLocation,
+)
 from elasticmoe.common.devices.factory import backend_of
 from elasticmoe.common.protocol.errors import DeviceError
 from tests.devices import breaches, standins, vendor
@@ -107,6 +115,15 @@ def lost_context_stays_lost(pair: Pair) -> None:
     pair.owner.synchronize()
 
 
+def accessible_to_peers_that_can(pair: Pair) -> None:
+    """What the second device has is mapped for the first one."""
+    address = pair.owner.reserve(0, PAGE)
+    pair.owner.map(0, [(address, PAGE, pair.owner.create(1, PAGE))])
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("STANDIN_NO_PEERS", "2-3,0-1")
+        pair.owner.allow(0, address, PAGE, True)
+
+
 def exported_if_made_for_it(pair: Pair) -> None:
     handle = ctypes.c_ulonglong()
     private = _Allocation(1, 0, _CudaLocation(1, 0))
@@ -137,7 +154,7 @@ for _breach in (
     *(initialized_first, context_set_first, mapped_whole),
     *(mapped_from_offset_0, access_to_whole_mappings),
     *(accessible_once_it_is_set, read_only_is_not_written, unmapped_whole, lost_context_stays_lost),
-    *(exported_if_made_for_it, imported_from_its_descriptor),
+    *(accessible_to_peers_that_can, exported_if_made_for_it, imported_from_its_descriptor),
 ):
     BREACHES[_breach.__name__] = _breach
 
@@ -157,9 +174,10 @@ def test_each_error_of_the_stand_in_is_listed() -> None:
 
 def test_calls_and_codes_are_those_of_the_header() -> None:
     (include,) = vendor.headers(vendor.CUDA)
-    check_sizes("cuda.h", [include], CALLS)
+    calls = CALLS | NEWER_CALLS
+    check_sizes("cuda.h", [include], calls)
     text = (include / "cuda.h").read_text()
-    check_declared(text, "CUresult", {name.removesuffix("_v2"): types for name, types in CALLS.items()})
+    check_declared(text, "CUresult", {name.removesuffix("_v2"): types for name, types in calls.items()})
     check_codes(text, REFUSALS)
 
 

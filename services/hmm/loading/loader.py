@@ -25,7 +25,7 @@ from elasticmoe.services.hmm.loading.read_ahead import read_ahead
 from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.hmm.memory.catalog import Loaded
 from elasticmoe.services.hmm.memory.ledgers import make_ledger
-from elasticmoe.services.hmm.memory.memory import BusSegment, DeviceMemory
+from elasticmoe.services.hmm.memory.memory import BusSegment, DeviceMemory, check_exchange
 
 log = get_logger("hmm")
 
@@ -93,6 +93,7 @@ class ModelLoad:
         )
 
     def _create(self, sizes: LoadSizes, records: Sizes) -> None:
+        check_exchange([self._memories[name].device for name, size in sizes.devices.items() if size.mailbox_bytes])
         for name, size in sizes.devices.items():
             memory = self._memories[name]
             memory.ledger = make_ledger(name, sizes.ledger)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from elasticmoe.common.devices.base import Device, Handle, Range, Space
 from elasticmoe.common.devices.rules import HandleOrigin
@@ -207,3 +207,12 @@ class BusSegment:
         """Unmap and close. Idempotent."""
         self.bus = None
         self.shared.close()
+
+
+def check_exchange(devices: Sequence[Device]) -> None:
+    """Whether the ranks on these devices can map one another's mailboxes. Raises DeviceError no_peer_access."""
+    for one in devices:
+        for other in devices:
+            if not one.reaches(other.name):
+                text = f"{one.name} cannot access the memory of {other.name}, which ranks need to exchange tokens from "
+                raise DeviceError(f"{text}device to device: start with --exchange shm", code="no_peer_access")

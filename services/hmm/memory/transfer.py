@@ -29,7 +29,7 @@ from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.hmm.memory.catalog import Loaded, Transition
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.ledgers import claim_ledger, format_pages
-from elasticmoe.services.hmm.memory.memory import DeviceMemory
+from elasticmoe.services.hmm.memory.memory import DeviceMemory, check_exchange
 
 _THREADS: Final = 2  # while there is no limit; a joining replica waits for one device only
 _PIECE_BYTES: Final = 4 << 20
@@ -253,12 +253,15 @@ class Supply:
         """Claim what `transition` needs beside what is there: ledger, mailbox and KV of new seats, and the records to
         be copied.
 
-        Raises DoesNotFit; `drop_claims` takes back what was claimed by then.
+        Raises DoesNotFit, DeviceError; `drop_claims` takes back what was claimed by then.
         """
         failpoint("hmm.claim")
         memories, request = self._holdings.memories, transition.request
         ledger = size_ledger(loaded.load, self._holdings.granularity)
         mailbox_bytes = size_mailbox(loaded.load, loaded.spec, self._holdings.granularity)
+        if mailbox_bytes:  # before a rank is told of a mailbox that it cannot map
+            seats = {seat.device for seat in (*transition.before.seats, *transition.after.seats)}
+            check_exchange([memories[name].device for name in sorted(seats)])
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is not None:
                 continue

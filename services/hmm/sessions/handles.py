@@ -163,7 +163,8 @@ def _share(fds: _Fds, shared: HostShared) -> Segment:
 
 def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply, tuple[int, ...]]:
     """What the rank on `memory`'s device is told first when it attaches, and its descriptors. Raises NotFound where the
-    seat has left and its memory was given back: a rank that was thought to have ended may come to resume all the same.
+    seat has left and its memory was given back: a rank that was thought to have ended may come to resume all the same;
+    DeviceError.
     """
     loaded, segment = holdings.loaded, holdings.segment
     assert loaded is not None, "a seat is of a loaded model"
@@ -184,6 +185,7 @@ def attach_reply(memory: DeviceMemory, holdings: Holdings) -> tuple[AttachReply,
         bus=_share(fds, segment.shared),
         ledger=_share(fds, memory.ledger),
         exchange=loaded.load.exchange,
+        identity=memory.device.identity,
     )
     return reply, tuple(fds.all)
 

@@ -19,7 +19,7 @@ def open_exchange(memory: RankMemory, backend: ComputeBackend, rendezvous: Path)
     bus, num_experts = memory.bus, memory.spec.num_experts_by_layer
     replica = memory.replica if memory.spec.tp > 1 else ()
     if memory.exchange == "mailbox":
-        return MailboxExchange(bus, num_experts, backend, memory.mailboxes, replica)
+        return MailboxExchange(bus, num_experts, backend, memory.mailboxes, replica, memory.device.queue_copy)
     if memory.exchange == "torch_dist":
         groups = Groups(rendezvous, memory.memory_id, bus.slot, BY_DEVICE[backend.device.type])
         return TorchDistExchange(bus, num_experts, backend, groups, replica)

@@ -6,11 +6,13 @@ parts: the rank's own rows, which it writes and others fetch, and the rows that 
 There are two waits for the device in a layer and no more: before the own rows are announced, and before the answers
 are. What comes after a meeting is queued: it copies what others have finished, as they have said. A rank that is the
 only one waits once, for the ids, and uses no mailbox.
+
+Copies from another device or to it are the device's affair (Device.queue_copy): some let no kernel do that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ class Mailbox(NamedTuple):
 
 class MailboxExchange(PlannedExchange):
     """See PlannedExchange. `mailboxes`: of all slots that may be members, this rank's own `bus.slot` among them; they
-    stay the caller's, and may come and go between steps."""
+    stay the caller's, and may come and go between steps. `queue_copy(target, source)`: as the rank's device has it."""
 
     def __init__(
         self,
@@ -38,9 +40,11 @@ class MailboxExchange(PlannedExchange):
         backend: ComputeBackend,
         mailboxes: Mapping[int, Mailbox],
         replica: Sequence[int] = (),
+        queue_copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_,
     ) -> None:
         super().__init__(bus, num_experts, backend, replica)
         self._mailboxes = mailboxes
+        self._queue_copy = queue_copy
 
     def _announce(self, x_NH: Mirror, ids_NK: Mirror, n: int) -> None:
         """See PlannedExchange."""
@@ -57,7 +61,7 @@ class MailboxExchange(PlannedExchange):
         for share in self._shares:
             if share.num_rows:
                 target_TH = self._tokens_TH[at : at + share.num_tokens]
-                target_TH.copy_(self._mailboxes[share.slot].x_NH[: share.num_tokens])
+                self._queue_copy(target_TH, self._mailboxes[share.slot].x_NH[: share.num_tokens])
             at += share.num_tokens
 
     def _answer(self, answers_RH: torch.Tensor, n: int) -> None:
@@ -68,7 +72,7 @@ class MailboxExchange(PlannedExchange):
             if share.num_rows:
                 end = share.returned_at + share.num_rows
                 target_PH = self._mailboxes[share.slot].returned_PH[share.returned_at : end]
-                target_PH.copy_(answers_RH[at : at + share.num_rows])
+                self._queue_copy(target_PH, answers_RH[at : at + share.num_rows])
             at += share.num_rows
 
     @property

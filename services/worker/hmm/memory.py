@@ -81,7 +81,8 @@ class RankMemory:
         """Map what `reply` and the messages `handed` say, the last of which is a SeatMemory; all descriptors are closed
         and their lists emptied. `tp_index`: whose shards of base and layers they are.
 
-        Raises DeviceError for a hand-over that breaks the device's rules, ProtocolError (version_mismatch for memory
+        Raises DeviceError for a hand-over that breaks the device's rules, or where the device is other hardware than
+        the HMM's (other_hardware), ProtocolError (version_mismatch for memory
         that means something else to this version), ElasticMoEError missing_record; nothing stays mapped or open then.
         """
         self.memory_id = reply.memory_id
@@ -129,6 +130,7 @@ class RankMemory:
             )
 
     def _open_all(self, reply: AttachReply, fds: list[int]) -> None:
+        self.device.check_identity(reply.identity)
         self._experts = [self._reserve_experts(layer) for layer in range(self.spec.num_layers)]
         self._kv_range = self.device.reserve(reply.kv_bytes_reserved)
         self.kv = KvCache(self._wrap_kv(), 0, self._geometry, self.device, self._kv_range.base)

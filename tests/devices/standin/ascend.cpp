@@ -19,6 +19,7 @@ constexpr uint64_t kRangeMax = 128'000'000'000;
 constexpr uint64_t kKey = 0xA5CEull << 48;
 
 std::atomic<uint64_t> calls;
+std::atomic<uint64_t> num_queued, bytes_queued;  // copies within devices and between them, by aclrtMemcpyAsync
 thread_local int32_t current = -1;  // the device that this thread has set
 
 struct State {
@@ -137,10 +138,12 @@ aclError import_from(uint64_t shareable, int32_t device, aclrtDrvMemHandle* hand
     is_admitted = is_admitted || (entry->admitted[at].tgid == all.tgid && entry->admitted[at].when > all.start);
   }
   if (!is_admitted) return code_of(Why::kNotAdmitted);
+  if (!all.pool.can_access(static_cast<uint32_t>(device), entry->device)) return ACL_ERROR_RT_FEATURE_NOT_SUPPORT;
   Physical* physical = all.pool.open(entry->serial);
   if (!physical) return ACL_ERROR_RT_PARAM_INVALID;
   all.imports = true;
   all.imported.insert(physical->serial);
+  all.peers.insert({static_cast<uint32_t>(device), physical->device});  // who imports is let in by that
   all.handles.insert(physical);
   *handle = physical;
   return ACL_SUCCESS;
@@ -155,11 +158,15 @@ aclError copy(void* dst, const void* src, size_t count, aclrtMemcpyKind kind, St
   const bool to_host = kind == ACL_MEMCPY_DEVICE_TO_HOST, from_host = kind == ACL_MEMCPY_HOST_TO_DEVICE;
   if (!to_host && !from_host && kind != ACL_MEMCPY_DEVICE_TO_DEVICE) return ACL_ERROR_RT_PARAM_INVALID;
   const auto to = reinterpret_cast<uint64_t>(dst), from = reinterpret_cast<uint64_t>(src);
+  // What torch has of a device lies in the host's memory where torch computes on the CPU instead. One end is ours.
+  const AddressSpace& space = state().space;
+  const bool is_to_ours = space.is_in_range(to), is_from_ours = space.is_in_range(from);
+  if (kind == ACL_MEMCPY_DEVICE_TO_DEVICE && !is_to_ours && !is_from_ours) return ACL_ERROR_RT_PARAM_INVALID;
   if ((!to_host && !is_reachable(to, stream->device())) || (!from_host && !is_reachable(from, stream->device()))) {
     return ACL_ERROR_RT_PARAM_INVALID;
   }
   if (state().is_lost[stream->device()]) return ACL_ERROR_RT_SYS_DMA;
-  stream->copy(to, from, count, to_host, from_host);
+  stream->copy(to, from, count, to_host || !is_to_ours, from_host || !is_from_ours);
   return ACL_SUCCESS;
 }
 
@@ -173,6 +180,12 @@ extern "C" {
 
 __attribute__((visibility("default"))) uint64_t standin_calls() {
   return calls;
+}
+__attribute__((visibility("default"))) uint64_t standin_num_queued() {
+  return num_queued;
+}
+__attribute__((visibility("default"))) uint64_t standin_bytes_queued() {
+  return bytes_queued;
 }
 __attribute__((visibility("default"))) uint64_t standin_used(uint32_t device) {
   return state().pool.used(device);
@@ -327,10 +340,30 @@ aclError aclrtMemImportFromShareableHandleV2(void* shareable, aclrtMemSharedHand
 }
 #endif
 
+#ifndef STANDIN_V1
+aclError aclrtGetPhyDevIdByLogicDevId(const int32_t device, int32_t* const number) {
+  ENTER;
+  if (device < 0 || device >= static_cast<int32_t>(state().pool.num_devices())) return ACL_ERROR_RT_INVALID_DEVICEID;
+  *number = static_cast<int32_t>(state().pool.hardware(static_cast<uint32_t>(device)));
+  return ACL_SUCCESS;
+}
+#endif
+
+aclError aclrtDeviceCanAccessPeer(int32_t* can, int32_t device, int32_t peer) {
+  ENTER;
+  const auto num = static_cast<int32_t>(state().pool.num_devices());
+  if (device < 0 || device >= num || peer < 0 || peer >= num) return ACL_ERROR_RT_INVALID_DEVICEID;
+  *can = device != peer && state().pool.can_access(static_cast<uint32_t>(device), static_cast<uint32_t>(peer));
+  return ACL_SUCCESS;
+}
+
 aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) {
   ENTER;
   if (flags || peer == current) return ACL_ERROR_RT_PARAM_INVALID;
   if (peer < 0 || peer >= static_cast<int32_t>(state().pool.num_devices())) return ACL_ERROR_RT_INVALID_DEVICEID;
+  if (!state().pool.can_access(static_cast<uint32_t>(current), static_cast<uint32_t>(peer))) {
+    return ACL_ERROR_RT_FEATURE_NOT_SUPPORT;
+  }
   state().peers.insert({static_cast<uint32_t>(current), static_cast<uint32_t>(peer)});
   return ACL_SUCCESS;
 }
@@ -350,7 +383,19 @@ aclError aclrtMemcpyAsync(void* dst, size_t room, const void* src, size_t count,
   if (count > room) return ACL_ERROR_RT_PARAM_INVALID;
   if (!state().streams.count(one) || one->device() != static_cast<uint32_t>(current))
     return ACL_ERROR_RT_STREAM_CONTEXT;
-  return copy(dst, src, count, kind, one);
+  const aclError code = copy(dst, src, count, kind, one);
+  if (code == ACL_SUCCESS && kind == ACL_MEMCPY_DEVICE_TO_DEVICE) {
+    ++num_queued;
+    bytes_queued += count;
+  }
+  return code;
+}
+
+aclError aclrtSynchronizeStream(aclrtStream stream) {
+  ENTER;
+  auto* one = static_cast<Stream*>(stream);
+  if (!state().streams.count(one)) return ACL_ERROR_RT_STREAM_CONTEXT;
+  return run(one, one->last(), false) ? ACL_SUCCESS : ACL_ERROR_RT_SYS_DMA;
 }
 
 aclError aclrtMemcpy(void* dst, size_t room, const void* src, size_t count, aclrtMemcpyKind kind) {

@@ -154,6 +154,23 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUdevice
   return CUDA_SUCCESS;
 }
 
+#ifndef STANDIN_V1
+CUresult cuDeviceGetUuid(CUuuid* uuid, CUdevice device) {
+  ENTER(false);
+  if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
+  std::memset(uuid->bytes, 0xD0, sizeof uuid->bytes);
+  uuid->bytes[sizeof uuid->bytes - 1] = static_cast<char>(state().pool.hardware(static_cast<uint32_t>(device)));
+  return CUDA_SUCCESS;
+}
+#endif
+
+CUresult cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer) {
+  ENTER(false);
+  if (!is_device(device) || !is_device(peer)) return CUDA_ERROR_INVALID_DEVICE;
+  *can = device != peer && state().pool.can_access(static_cast<uint32_t>(device), static_cast<uint32_t>(peer));
+  return CUDA_SUCCESS;
+}
+
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   ENTER(false);
   if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
@@ -238,6 +255,12 @@ CUresult cuMemSetAccess(CUdeviceptr address, size_t size, const CUmemAccessDesc*
   ENTER(false);
   if (count != 1 || access->location.type != CU_MEM_LOCATION_TYPE_DEVICE) return CUDA_ERROR_INVALID_VALUE;
   if (!is_device(access->location.id)) return CUDA_ERROR_INVALID_DEVICE;
+  for (uint64_t at = address; at < address + size; at += kGranule) {
+    const uint32_t owner = state().space.device_of(at);
+    if (owner != kDevicesMax && !state().pool.can_access(static_cast<uint32_t>(access->location.id), owner)) {
+      return CUDA_ERROR_INVALID_DEVICE;
+    }
+  }
   if (access->flags == CU_MEM_ACCESS_FLAGS_PROT_READWRITE) {
     return code_of(state().space.protect(address, size, PROT_READ | PROT_WRITE));
   }

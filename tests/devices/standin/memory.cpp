@@ -48,6 +48,26 @@ Pool::Pool()
   registry_ = static_cast<Registry*>(at);  // all zeros is a new one
 }
 
+bool Pool::can_access(uint32_t device, uint32_t peer) const {
+  const char* pairs = std::getenv("STANDIN_NO_PEERS");
+  for (const char* at = pairs; at; at = std::strchr(at, ',')) {
+    at += *at == ',';
+    unsigned one, other;
+    if (std::sscanf(at, "%u-%u", &one, &other) != 2) std::abort();
+    if ((one == device && other == peer) || (one == peer && other == device)) return false;
+  }
+  return true;
+}
+
+uint32_t Pool::hardware(uint32_t device) const {
+  const char* at = std::getenv("STANDIN_HARDWARE");
+  for (uint32_t before = 0; at && before < device; ++before) {
+    at = std::strchr(at, ',');
+    at += at != nullptr;
+  }
+  return at ? static_cast<uint32_t>(std::strtoul(at, nullptr, 10)) : device;
+}
+
 std::string Pool::path(uint32_t device, uint64_t serial, uint64_t nbytes) const {
   char name[96];
   std::snprintf(name, sizeof name, "/memory.%u.%" PRIu64 ".%" PRIu64, device, serial, nbytes);

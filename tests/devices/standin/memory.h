@@ -3,6 +3,9 @@
 //
 // STANDIN_FOLDER: where the processes of a test find the memory (a folder on tmpfs). STANDIN_DEVICES, STANDIN_BYTES:
 // how many devices there are and what each has. STANDIN_TGID: the process's number on the machine, else one of its own.
+// STANDIN_HARDWARE: of each device in its order, which hardware it is to this process (1,0,2: the first two are
+// exchanged), else what its number says; only who asks for a device's identity sees it. STANDIN_NO_PEERS: pairs of
+// devices of which none can access the other's memory (0-1,2-3). Both are looked at whenever they matter.
 #pragma once
 
 #include <atomic>
@@ -81,6 +84,8 @@ class Pool {
   uint64_t nbytes() const { return nbytes_; }
   Registry& registry() { return *registry_; }
   uint64_t tick() { return ++registry_->clock; }
+  bool can_access(uint32_t device, uint32_t peer) const;
+  uint32_t hardware(uint32_t device) const;
   // What of a device is held by anybody, after a look at each piece.
   uint64_t used(uint32_t device);
   Physical* create(uint32_t device, uint64_t nbytes);  // nullptr: no memory
