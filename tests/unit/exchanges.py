@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,7 +73,9 @@ class Host:
 
 
 def _close(groups: list[Groups], folder: TemporaryDirectory[str]) -> None:
-    """Nobody uses them any more."""
+    """Nobody uses them any more. All are given up before one is waited for: they may wait for one another."""
+    for each in groups:
+        each.keep(sys.maxsize)
     for each in groups:
         each.close()
     folder.cleanup()

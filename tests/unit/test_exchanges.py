@@ -296,13 +296,15 @@ def test_a_group_that_breaks_is_waited_for_no_longer_than_its_generation(host: H
 
 def test_a_collective_whose_peer_stays_away_holds_up_nobody_after_its_generation(host: Host) -> None:
     """The peer lives, with its connections, and takes no part: the next generation does not wait for the old group's
-    end. A traceback that somebody keeps holds nothing of it."""
+    end. A traceback that somebody keeps holds nothing of it, and what the peer would send late comes nowhere where
+    another step reads."""
     ranks, works = [Rank(host, "torch_dist", slot) for slot in (0, 1)], [Work(slot, 3) for slot in (0, 1)]
     host.observer.set_membership(1, 0b11, True)
     for rank in ranks:
         rank.route(1, [0, 1])
     check(works, step(ranks, works))
     groups: list[Groups] = [rank.exchange._groups for rank in ranks]  # type: ignore[attr-defined]
+    before: torch.Tensor = ranks[0].exchange._own_PH  # type: ignore[attr-defined]
 
     def stay_away() -> None:
         ranks[1].exchange.begin_step(6, LONG_MS)
@@ -312,6 +314,8 @@ def test_a_collective_whose_peer_stays_away_holds_up_nobody_after_its_generation
 
     results = at_once(lambda: ranks[0].run(works[0], 6), stay_away)
     assert isinstance(results[0], StepAborted)
+    after: torch.Tensor = ranks[0].exchange._own_PH  # type: ignore[attr-defined]
+    assert after.data_ptr() != before.data_ptr()
     host.observer.set_membership(3, 0b11, True)
     ranks[0].route(3, [0, 1])
     assert [making.join(0.0) for making in groups[0]._ending] == [False], "it waits for the peer, and nobody for it"

@@ -116,12 +116,17 @@ class TorchDistExchange(PlannedExchange):
             came.copy_(sent)
             return
         group = self._wait(lambda: self._groups.get(self._generation))
+        is_done = False
         try:
             group.start(came, sent, came_sizes, sent_sizes, self._until - time.monotonic())
             self._wait(lambda: group.is_done() or None)
             group.finish()
+            is_done = True
         except RuntimeError as error:
             self._give_up(str(error))
+        finally:
+            if not is_done:  # what a peer sends late is still written where it was to come
+                self._own_PH = torch.empty_like(self._own_PH)
 
     def _wait(self, look: Callable[[], T | None]) -> T:
         """What `look` gives at last. Others see meanwhile that this rank lives."""
