@@ -69,7 +69,7 @@ class HostBackend(ComputeBackend):
             kernels.use_threads(threads)
         except (RuntimeError, MemoryError) as error:
             log.warning("threads cannot be started", wanted=threads, there_are=kernels.threads(), because=str(error))
-        log.info("computes", by=self.computes_by)
+        log.info("computes", threads=kernels.threads(), by=kernels.instruction_sets()[0])
 
     @property
     def computes_by(self) -> str:
