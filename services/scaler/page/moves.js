@@ -48,9 +48,11 @@ function drawn(leg, name, size, isCopying = false) {
       ["from", "to", "records", "of them experts", "size"],
       shown.map((pair) => [pair.source, pair.target, number(pair.records), number(pair.experts), bytes(pair.size)]),
     ),
-    further ? h("p", { class: "route-rest" }, `and ${plural(further, "further pair")}, with ${plural(left, "record")}`) : null,
+    further ? h("p", { class: "route-rest" }, restOf(further, left)) : null,
   );
 }
+
+const restOf = (pairs, records) => `and ${plural(pairs, "further pair")}, with ${plural(records, "record")}`;
 
 const pairOf = ([source, target, records, experts, size]) => ({
   source: source ?? CHECKPOINT,
