@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import select
 import signal
@@ -10,7 +11,7 @@ import time
 from pathlib import Path
 
 from elasticmoe.cli.paths import run_dir_of
-from elasticmoe.cli.rundir import RunDir, is_left_over, order_stop
+from elasticmoe.cli.rundir import RunDir, ask_nothing, ask_to_keep, has_logs, is_left_over
 from elasticmoe.cli.settings import parse_seconds
 from elasticmoe.cli.terminal import say
 from elasticmoe.common.protocol.errors import ConfigError, Conflict, DeadlineExceeded, ElasticMoEError
@@ -45,36 +46,46 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if record is None:
         return _nothing_runs(path, is_keeping=args.keep_state)
-    _order(path, record, is_keeping=args.keep_state)
+    if args.keep_state:
+        _ask_to_keep(path, record)
+    else:
+        ask_nothing(path)
     say(f"stopping {record.served_name} in {path}")
     began = time.monotonic()
     if not terminate(record.launcher, args.timeout):
         raise DeadlineExceeded(f"the deployment in {path} still stops after {args.timeout:g} s", code="still_stopping")
-    if args.keep_state and not is_left_over(path):
-        raise Conflict(f"it has stopped, and its state was removed: it was already being stopped in {path}")
+    if args.keep_state:
+        if not is_left_over(path):
+            raise _removed(path)
+    elif is_left_over(path):  # as a launcher leaves it that was to keep it, or that only took up what was there
+        _remove(path, keep_logs=has_logs(path))
     say(f"stopped in {time.monotonic() - began:.1f} s")
     if args.keep_state:
         say(f"{path} keeps its state: `elasticmoe up` goes on with it, `elasticmoe down` removes it")
     return 0
 
 
-def _order(path: Path, record: DeploymentRecord, *, is_keeping: bool) -> None:
-    """Let its launcher know what to do with the state. Raises ElasticMoEError: then nothing has been stopped."""
+def _ask_to_keep(path: Path, record: DeploymentRecord) -> None:
+    """Let its launcher know. Raises ElasticMoEError: then nothing has been stopped."""
     if record.keeps_state is None:
-        if is_keeping:
-            text = (
-                f"what runs in {path} goes on: it was started by a version that removes its state whenever it is "
-                f"stopped. `kill -9 {record.launcher.pid}` ends all of it as a power failure would, and `elasticmoe "
-                f"up` resumes what that leaves"
-            )
-            raise ElasticMoEError(text, code="version_mismatch")
-        return
+        text = (
+            f"what runs in {path} goes on: it was started by a version that removes its state whenever it is "
+            f"stopped. `kill -9 {record.launcher.pid}` ends all of it as a power failure would, and `elasticmoe "
+            f"up` resumes what that leaves"
+        )
+        raise ElasticMoEError(text, code="version_mismatch")
     try:
-        order_stop(path, is_keeping=is_keeping, otherwise=record.keeps_state)
+        is_heard = ask_to_keep(path)
     except OSError as error:
-        what = "be kept" if is_keeping else "be removed (`--keep-state` stops it without that)"
-        text = f"nothing was stopped: that the state is to {what} cannot be written to {path}: {error.strerror}"
-        raise ElasticMoEError(text, code="storage_full") from None
+        text = f"nothing was stopped: that the state is to be kept cannot be said in {path}: {error.strerror}"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (ElasticMoEError(text, code="storage_full") if full else ConfigError(text)) from None
+    if not is_heard:
+        raise _removed(path)
+
+
+def _removed(path: Path) -> Conflict:
+    return Conflict(f"it has stopped, and its state was removed: it was already being stopped in {path}")
 
 
 def _nothing_runs(path: Path, *, is_keeping: bool) -> int:
@@ -82,26 +93,33 @@ def _nothing_runs(path: Path, *, is_keeping: bool) -> int:
     if not is_left_over(path):
         say(f"nothing runs in {path}")
         return 0
-    text = f"a launcher is starting in {path}; try again in a moment"
-    used = ElasticMoEError(text, code="starting", retryable=True)
     if not is_keeping:
-        _clear(path, used)
+        _clear(path)
         return 0
     try:
         RunDir(path).release()
     except Conflict:
-        raise used from None
+        raise _used(path) from None
     say(f"nothing runs in {path}; it keeps what an earlier run has left")
     return 0
 
 
-def _clear(path: Path, used: ElasticMoEError) -> None:
-    """Remove what was left, except its logs. Raises `used` when a launcher lives there."""
-    try:
-        RunDir(path).remove(keep_logs=True)
-    except Conflict:
-        raise used from None
+def _clear(path: Path, error: ElasticMoEError | None = None) -> None:
+    """Remove what was left, except its logs. Raises `error` when a launcher lives there, else ElasticMoEError starting."""
+    _remove(path, keep_logs=True, error=error)
     say(f"nothing runs in {path}; what an earlier run left was removed, its logs are in {path / 'logs'}")
+
+
+def _remove(path: Path, *, keep_logs: bool, error: ElasticMoEError | None = None) -> None:
+    try:
+        RunDir(path).remove(keep_logs=keep_logs)
+    except Conflict:
+        raise error or _used(path) from None
+
+
+def _used(path: Path) -> ElasticMoEError:
+    text = f"a launcher is starting in {path}; try again in a moment"
+    return ElasticMoEError(text, code="starting", retryable=True)
 
 
 def terminate(process: ProcessRecord, timeout_s: float) -> bool:

@@ -1,7 +1,8 @@
 """What a run of a deployment leaves in its run directory, and the next one takes up there.
 
 Who asks a deployment that serves to stop ends it: nothing stays. With `--keep-state`, of `up` or of `down`, all stays
-that the next `up` goes on with. What fails, or never came to serve, ends nobody's layout in either case.
+that the next `up` goes on with. What fails, or never came to serve, ends nobody's layout in either case. A plain `down`
+removes all that the launcher has left.
 """
 
 from __future__ import annotations

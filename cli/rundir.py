@@ -24,9 +24,7 @@ _PARTS = (*_VOLATILE, "secrets", "state", "store")
 SECRETS = (ADMIN_TOKEN, *PASSWORDS.values())
 _SECRET_BYTES = 32
 _SECRET_BYTES_MAX = 4096
-_ORDER = "stop-order"  # what `down` wants of the state where the launcher would do something else with it
-_KEEP, _REMOVE = b"keep", b"remove"
-_ORDER_BYTES_MAX = 16
+_KEEP = "keep-state"  # an empty file of `down`: the launcher is to leave the state where it is
 _FAILURE_FILE = "failure.txt"
 _FAILURE_BYTES_MAX = 64 * 1024
 
@@ -109,11 +107,12 @@ class RunDir:
         """
         for name in _PARTS if keep_logs else (*_PARTS, "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (FILE_NAME, _ORDER):
-            (self.path / name).unlink(missing_ok=True)
+        (self.path / FILE_NAME).unlink(missing_ok=True)
         if not keep_logs:
             (self.path / _LOCK).unlink(missing_ok=True)
-            self._remove_folders()
+        (self.path / _KEEP).unlink(missing_ok=True)  # after the lock: see ask_to_keep
+        if not keep_logs:
+            _remove_folders(self.path)
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -125,18 +124,14 @@ class RunDir:
             self.clear_logs()
         self.release()
 
-    def is_keeping_asked(self, *, otherwise: bool) -> bool:
-        """Whether the state is to be kept: what the last `down` said, `otherwise` where none said anything."""
-        try:
-            order = read_private(self.path / _ORDER, _ORDER_BYTES_MAX)
-        except ConfigError:
-            return True  # somebody has said something: what is kept can still be removed
-        return otherwise if order not in (_KEEP, _REMOVE) else order == _KEEP
+    def is_keeping_asked(self) -> bool:
+        """Whether the last `down` wanted the state to be kept."""
+        return os.path.lexists(self.path / _KEEP)
 
     def _remove_volatile(self) -> None:
         for name in _VOLATILE:
             shutil.rmtree(self.path / name, ignore_errors=True)
-        (self.path / _ORDER).unlink(missing_ok=True)
+        (self.path / _KEEP).unlink(missing_ok=True)
 
     def release(self) -> None:
         """Give the claim back; a directory in which nothing was made yet is removed. Idempotent."""
@@ -144,18 +139,19 @@ class RunDir:
             return
         if [entry.name for entry in self.path.iterdir()] == [_LOCK]:
             (self.path / _LOCK).unlink()
-            self._remove_folders()
+            _remove_folders(self.path)
         os.close(self._fd)
         self._fd = -1
 
-    def _remove_folders(self) -> None:
-        """Remove the directory and our own parent of it, as far as they are empty."""
-        try:
-            self.path.rmdir()
-            if self.path.parent.name == parent_name():
-                self.path.parent.rmdir()
-        except OSError:
-            pass  # something else is in it
+
+def _remove_folders(path: Path) -> None:
+    """Remove the directory and our own parent of it, as far as they are empty."""
+    try:
+        path.rmdir()
+        if path.parent.name == parent_name():
+            path.parent.rmdir()
+    except OSError:
+        pass  # something else is in it
 
 
 def last_failure(path: Path) -> str | None:
@@ -171,13 +167,29 @@ def is_left_over(path: Path) -> bool:
     return is_private(path) and (path / _LOCK).exists() and (path / "secrets").exists()
 
 
-def order_stop(path: Path, *, is_keeping: bool, otherwise: bool) -> None:
-    """Tell the launcher that has the run directory `path` whether to keep the state when it is asked to end;
-    `otherwise`: what it does untold, for which nothing has to be written. Raises OSError."""
-    if is_keeping == otherwise:
-        (path / _ORDER).unlink(missing_ok=True)
-    else:
-        write_secret(path / _ORDER, (_KEEP if is_keeping else _REMOVE).decode())
+def ask_to_keep(path: Path) -> bool:
+    """Tell the launcher that has the run directory `path` to keep the state when it is asked to end. Whether it can
+    still hear that: not where it has removed everything by now, and then nothing of ours stays there. Raises OSError.
+    """
+    try:
+        (path / _KEEP).touch(mode=0o600)
+    except FileNotFoundError:
+        return False
+    if (path / _LOCK).exists():
+        return True
+    ask_nothing(path)  # a launcher that removes drops its lock first, and then this file: now nobody would
+    _remove_folders(path)
+    return False
+
+
+def ask_nothing(path: Path) -> None:
+    """Take it back."""
+    (path / _KEEP).unlink(missing_ok=True)
+
+
+def has_logs(path: Path) -> bool:
+    """Whether the launcher has left logs, as it does where something went wrong."""
+    return any((path / "logs").glob("*"))
 
 
 def ensure_secret(path: Path) -> None:
@@ -192,6 +204,10 @@ def write_secret(path: Path, secret: str) -> None:
     """Replace the file at `path` by one with `secret`, mode 0600, at once. Raises OSError."""
     temporary = path.with_name(f".{path.name}.new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "w") as file:
-        file.write(secret)
-    os.replace(temporary, path)
+    try:
+        with open(descriptor, "w") as file:
+            file.write(secret)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # the disk is full: half a file is of no use
+        raise

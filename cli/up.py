@@ -251,7 +251,7 @@ def _run_launcher(
     if failed is not None:
         run_dir.note_failure(describe(failed))
     keep_logs = args.keep_logs or failed is not None or launcher.num_unclean > 0
-    is_wanted = run_dir.is_keeping_asked(otherwise=args.keep_state)
+    is_wanted = args.keep_state or run_dir.is_keeping_asked()
     has_served, has_failed = launcher.has_served, failed is not None
     if is_kept(is_wanted=is_wanted, has_failed=has_failed, has_served=has_served, is_left=is_left):
         if is_wanted and not has_failed:

@@ -119,9 +119,13 @@ def write_record(run_dir: Path, record: DeploymentRecord) -> None:
     temporary = run_dir / f".{FILE_NAME}.new"
     raw = msgspec.json.format(msgspec.json.encode(record), indent=2)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(raw + b"\n")
-    os.replace(temporary, run_dir / FILE_NAME)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(raw + b"\n")
+        os.replace(temporary, run_dir / FILE_NAME)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # the disk is full: half a record is of no use
+        raise
 
 
 def read_record(run_dir: Path) -> DeploymentRecord | None:

@@ -30,7 +30,7 @@ from elasticmoe.common.protocol.errors import EXIT_SUPERSEDED
 
 _GRACE_S = {"slow": 60.0}  # by name; others:
 _GRACE_S_DEFAULT = 20.0
-_STUBBORN_GRACE_S = 6.0  # of those that never end by themselves
+_STUBBORN_GRACE_S = 2.0  # of those that never end by themselves
 _QUICK_S = {
     "backoff_first_s": 0.02,
     "backoff_max_s": 1.0,

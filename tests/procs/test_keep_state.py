@@ -4,6 +4,8 @@ and the real store. Whole deployments: test_stop_and_go.py."""
 from __future__ import annotations
 
 import json
+import os
+import signal
 import stat
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from elasticmoe.cli.main import main
 from tests.procs.launcher_run import ALL, SERVING, Run, Start, store_command
 from tests.procs.waiting import processes_of, wait_until
+from tests.unit.threads import at_once
 
 pytestmark = pytest.mark.procs
 
@@ -99,12 +102,34 @@ def test_what_is_kept_stays_until_a_plain_down(start: Start, run_dir: Path, caps
 
 
 def test_the_last_down_counts_while_it_stops(start: Start, run_dir: Path) -> None:
-    run = serving(start({**ALL, "hmm": "stubborn"}))
+    run = serving(start({**ALL, "slow": "stubborn"}))
+    (slow,) = (process.pid for process in run.record().processes if process.name == "slow")
     assert down(run_dir, "--timeout", "0.01") == 1
-    run.read("stopping hmm")
-    assert down(run_dir, "--keep-state") == 0
+    run.read("stopping slow")
+
+    def end_it() -> None:
+        wait_until((run_dir / "keep-state").exists, "the second one has said what it wants")
+        os.kill(slow, signal.SIGKILL)
+
+    assert at_once(lambda: down(run_dir, "--keep-state"), end_it) == [0, None]
     assert run.end() == 0
     assert names(run_dir) == KEPT
+
+
+def test_a_plain_down_removes_what_a_start_goes_on_with(start: Start, run_dir: Path) -> None:
+    """The start by itself would leave it: it ends nobody's layout."""
+    run = serving(start(ALL, "--keep-state"))
+    assert run.stop() == 0
+    again = start({**ALL, "scaler": "never"})
+    again.read("resuming the deployment that was stopped in ")
+    again.read("loading")
+    assert down(run_dir) == 0
+    assert again.end() == 0
+    assert not run_dir.exists() or names(run_dir) == ["launcher.lock", "logs"]
+    other = start(ALL, "--dtype", "float32")
+    other.read(SERVING)
+    assert "resum" not in "".join(other.lines)
+    assert other.stop() == 0
 
 
 def test_what_is_kept_is_of_the_same_model_or_is_refused(start: Start, run_dir: Path) -> None:

@@ -15,7 +15,7 @@ from elasticmoe.cli import down, rundir
 from elasticmoe.cli.down import terminate
 from elasticmoe.cli.keeping import is_kept
 from elasticmoe.cli.main import main
-from elasticmoe.cli.rundir import RunDir, ensure_secret, order_stop
+from elasticmoe.cli.rundir import RunDir, ask_nothing, ask_to_keep, ensure_secret
 from elasticmoe.common import record
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.protocol.errors import ConfigError, Conflict
@@ -152,20 +152,43 @@ def test_what_a_next_start_goes_on_with_is_kept_and_the_sockets_are_not(path: Pa
     again.release()
 
 
-@pytest.mark.parametrize("otherwise", [False, True])
-def test_what_down_says_of_the_state_counts_until_the_next_start(path: Path, otherwise: bool) -> None:
+def test_what_down_says_of_the_state_counts_until_the_next_start(path: Path) -> None:
     run_dir = prepare(path)
-    assert run_dir.is_keeping_asked(otherwise=otherwise) is otherwise
-    for is_keeping in (not otherwise, otherwise, not otherwise):
-        order_stop(path, is_keeping=is_keeping, otherwise=otherwise)
-        assert run_dir.is_keeping_asked(otherwise=otherwise) is is_keeping
-    order = path / "stop-order"
-    assert stat.S_IMODE(order.stat().st_mode) == 0o600
-    order.write_text("x" * 100)
-    assert run_dir.is_keeping_asked(otherwise=otherwise), "what nobody can read removes nothing"
+    assert not run_dir.is_keeping_asked()
+    assert ask_to_keep(path)
+    assert run_dir.is_keeping_asked()
+    ask_nothing(path)
+    assert not run_dir.is_keeping_asked()
+    assert ask_to_keep(path)
+    assert stat.S_IMODE((path / "keep-state").stat().st_mode) == 0o600
     run_dir.release()
-    prepare(path).release()
-    assert not order.exists()
+    again = prepare(path)
+    assert not again.is_keeping_asked()
+    again.release()
+
+
+def test_who_wants_to_keep_what_is_removed_already_leaves_nothing(path: Path) -> None:
+    prepare(path).remove(keep_logs=False)
+    assert not ask_to_keep(path)
+    path.mkdir(parents=True, mode=0o700)  # in the midst of it: the lock is gone, the directory is not
+    assert not ask_to_keep(path)
+    assert not path.exists()
+
+
+def test_half_a_file_on_a_full_disk_stays_nowhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = prepare(path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    before = sorted(path.iterdir())
+    with pytest.raises(OSError, match="No space"):
+        write_record(path, record_of())
+    with pytest.raises(OSError, match="No space"):
+        rundir.write_secret(path / "x", "y")
+    assert sorted(path.iterdir()) == before
+    run_dir.release()
 
 
 @pytest.mark.parametrize(
@@ -195,21 +218,22 @@ def test_a_plain_down_writes_nothing_on_a_full_disk_and_a_keeping_one_stops_noth
     write_record(path, record_of(launcher=launcher, keeps_state=False))
     stopped: list[ProcessRecord] = []
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def end(process: ProcessRecord, _: float) -> bool:
         stopped.append(process)
+        run_dir.release()  # as a launcher that keeps its state
         return True
 
-    monkeypatch.setattr(rundir, "write_secret", full)
+    monkeypatch.setattr(Path, "touch", full)
     monkeypatch.setattr(down, "terminate", end)
     assert main(["down", "--run-dir", str(path), "--keep-state"]) == 1
     assert capsys.readouterr().err.startswith("elasticmoe: storage_full: nothing was stopped: ")
     assert stopped == []
     assert main(["down", "--run-dir", str(path)]) == 0
     assert stopped == [launcher]
-    run_dir.release()
+    assert not path.exists()
 
 
 def test_a_damaged_record_is_not_cleared_where_the_state_is_to_be_kept(
