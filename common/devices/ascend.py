@@ -117,6 +117,7 @@ NEWER_CALLS: Final[dict[str, tuple[Any, ...]]] = {
 # Its argument is a device's number as this process has it, whatever the name says (the call's page, CANN 9.1).
 IDENTITY_CALLS: Final[dict[str, tuple[Any, ...]]] = {"aclrtGetPhyDevIdByLogicDevId": (c_int32, POINTER(c_int32))}
 _HINT: Final = "install CANN's runtime and its driver, and source CANN's set_env.sh, which puts it on LD_LIBRARY_PATH"
+UNREACHED: Final = "name NPUs in --devices that can"  # no other exchange helps: nothing can be copied between them
 
 
 class _AclDriver(Driver):
@@ -290,7 +291,7 @@ class _AclDriver(Driver):
         if (device, peer) not in self._peers:
             if not self.can_access(device, peer):
                 text = f"npu:{device} cannot access the memory of npu:{peer}, and nothing can be copied between them"
-                raise DeviceError(f"{text}: name NPUs in --devices that can", code="no_peer_access")
+                raise DeviceError(f"{text}: {UNREACHED}", code="no_peer_access")
             self.library.call("aclrtDeviceEnablePeerAccess", peer, 0)
             self._peers.add((device, peer))
 
@@ -329,6 +330,7 @@ class AscendDevice(AcceleratorDevice):
     range_bytes_max = 128 * 10**9 // (2 << 20) * (2 << 20)
     library: ClassVar[str] = "libascendcl.so"
     torch_device: ClassVar[str] = "npu:{index}"
+    unreached: ClassVar[str] = UNREACHED
     _driver: _AclDriver
     _importers: tuple[int, ...] = ()
 

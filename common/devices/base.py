@@ -34,7 +34,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from elasticmoe.common.devices.driver import MemoryInfo
 from elasticmoe.common.devices.handles import Handles
@@ -76,6 +76,8 @@ class Device(Handles):
             text = f"it is {own} in this process, and {owners} to the owner of its memory: let all processes see the "
             text += "same devices (CUDA_VISIBLE_DEVICES, ASCEND_RT_VISIBLE_DEVICES)"
             raise self._broken(text, code="other_hardware")
+
+    unreached: ClassVar[str] = "start with --exchange shm"  # what helps where one of these does not reach another
 
     def reaches(self, other: str) -> bool:  # noqa: ARG002
         """Whether what computes here may touch the memory of the device called `other`, of the same host and backend.

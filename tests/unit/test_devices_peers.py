@@ -11,15 +11,23 @@ import pytest
 from elasticmoe.common.devices import factory
 from elasticmoe.common.devices.base import Device, ProcessRules
 from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.protocol.replies import Refused
 from elasticmoe.services.hmm.memory.memory import check_exchange
 from tests.devices import standins
 from tests.unit.test_hmm_memory_shortage import World, try_transition
 
 PAGE = standins.GRANULARITY
-TEXT = (
-    "{} cannot access the memory of {}, which ranks need to exchange tokens from device to device: "
-    "start with --exchange shm"
-)
+TEXT = "{} cannot access the memory of {}, which ranks need to exchange tokens from device to device: {}"
+WAYS_OUT = {"cuda": "start with --exchange shm", "npu": "name NPUs in --devices that can"}
+
+
+def told(error: DeviceError | Refused) -> tuple[str, str]:
+    return error.code, error.message
+
+
+def refused(one: str, other: str, kind: str = "cuda") -> tuple[str, str]:
+    """Code and text where `one` has no access to `other`."""
+    return "no_peer_access", TEXT.format(one, other, WAYS_OUT[kind])
 
 
 @pytest.fixture
@@ -44,7 +52,13 @@ def test_a_pair_without_access_is_named_with_the_way_out(
     check_exchange(devices[:2])
     with pytest.raises(DeviceError) as caught:
         check_exchange(devices)
-    assert (caught.value.code, caught.value.message) == ("no_peer_access", TEXT.format(f"{kind}:1", f"{kind}:2"))
+    assert (caught.value.code, caught.value.message) == (
+        "no_peer_access",
+        TEXT.format(f"{kind}:1", f"{kind}:2", WAYS_OUT[kind]),
+    )
+    check_exchange(devices[:1], devices[1:])  # the two that stay were asked when they came
+    with pytest.raises(DeviceError, match=f"{kind}:2 cannot access the memory of {kind}:1"):
+        check_exchange(devices[2:], devices[:2])
     for device in devices:
         device.close()
 
@@ -93,22 +107,32 @@ def test_a_load_and_a_transition_are_refused_before_a_rank_is_told(
     monkeypatch.setenv("STANDIN_NO_PEERS", "0-1")
     with pytest.raises(DeviceError) as caught:
         World(tiny_mixtral, tmp_path, device_bytes=256 << 20, exchange="mailbox")
-    assert (caught.value.code, caught.value.message) == ("no_peer_access", TEXT.format("host:0", "host:1"))
+    assert (caught.value.code, caught.value.message) == (
+        "no_peer_access",
+        TEXT.format("host:0", "host:1", WAYS_OUT["cuda"]),
+    )
     World(tiny_mixtral, tmp_path, device_bytes=256 << 20, exchange="shm").close()
     monkeypatch.setenv("STANDIN_NO_PEERS", "1-2")
     world = World(tiny_mixtral, tmp_path, device_bytes=256 << 20, exchange="mailbox")
+    kv = {name: len(memory.kv) for name, memory in world.holdings.memories.items()}
     request = world.request(0, 1, 2)
     world.transitions.stage(request)
     assert world.turn_to("staged", "failed") == "failed"
     status = world.transitions.status()
     assert status is not None
     assert status.error is not None
-    assert (status.error.code, status.error.message) == ("no_peer_access", TEXT.format("host:1", "host:2"))
+    assert (status.error.code, status.error.message) == (
+        "no_peer_access",
+        TEXT.format("host:2", "host:1", WAYS_OUT["cuda"]),
+    )
     world.transitions.abort(request.id)
     world.turn_to("aborted")
-    told = [getattr(attached.sent, "mailboxes", ()) for attached in world.by_slot.values()]
-    assert all(mailbox.slot != 2 for mailboxes in told for mailbox in mailboxes)
+    sent = [getattr(attached.sent, "mailboxes", ()) for attached in world.by_slot.values()]
+    assert all(mailbox.slot != 2 for mailboxes in sent for mailbox in mailboxes)
+    assert {name: len(memory.kv) for name, memory in world.holdings.memories.items()} == kv
     assert world.holdings.check_integrity() == []
     monkeypatch.delenv("STANDIN_NO_PEERS")
     assert try_transition(world, (0, 1, 2)) == "released"
+    monkeypatch.setenv("STANDIN_NO_PEERS", "1-2")
+    assert try_transition(world, (0, 1)) == "released", "who leaves, as when it is lost, is not asked"
     world.close()

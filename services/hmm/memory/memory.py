@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 from elasticmoe.common.devices.base import Device, Handle, Range, Space
 from elasticmoe.common.devices.rules import HandleOrigin
@@ -209,10 +210,13 @@ class BusSegment:
         self.shared.close()
 
 
-def check_exchange(devices: Sequence[Device]) -> None:
-    """Whether the ranks on these devices can map one another's mailboxes. Raises DeviceError no_peer_access."""
-    for one in devices:
-        for other in devices:
-            if not one.reaches(other.name):
-                text = f"{one.name} cannot access the memory of {other.name}, which ranks need to exchange tokens from "
-                raise DeviceError(f"{text}device to device: start with --exchange shm", code="no_peer_access")
+def check_exchange(joining: Sequence[Device], staying: Sequence[Device] = ()) -> None:
+    """Whether ranks that join on these devices, and those that stay, can map one another's mailboxes.
+
+    Raises DeviceError no_peer_access.
+    """
+    pairs = [*product(joining, (*joining, *staying)), *product(staying, joining)]
+    for one, other in pairs:
+        if not one.reaches(other.name):
+            text = f"{one.name} cannot access the memory of {other.name}, which ranks need to exchange tokens from "
+            raise DeviceError(f"{text}device to device: {one.unreached}", code="no_peer_access")

@@ -20,6 +20,7 @@ from elasticmoe.common.devices.base import Device, Handle
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.families import record
 from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.hmm import RecordCopy
@@ -249,19 +250,27 @@ class Supply:
 
     # ---- In
 
+    def check_access(self, before: Layout, after: Layout, loaded: Loaded) -> None:
+        """Whether the ranks of `after` will be able to exchange tokens. Devices that leave, as they do when they are
+        lost, are not asked. Raises DeviceError."""
+        if not size_mailbox(loaded.load, loaded.spec, self._holdings.granularity):
+            return
+        joining, staying = list[Device](), list[Device]()
+        for seat in after.seats:
+            found = joining if before.seat_on(seat.device) is None else staying
+            found.append(self._holdings.memories[seat.device].device)
+        check_exchange(joining, staying)
+
     def claim_stage(self, transition: Transition, loaded: Loaded) -> None:
         """Claim what `transition` needs beside what is there: ledger, mailbox and KV of new seats, and the records to
         be copied.
 
-        Raises DoesNotFit, DeviceError; `drop_claims` takes back what was claimed by then.
+        Raises DoesNotFit; `drop_claims` takes back what was claimed by then.
         """
         failpoint("hmm.claim")
         memories, request = self._holdings.memories, transition.request
         ledger = size_ledger(loaded.load, self._holdings.granularity)
         mailbox_bytes = size_mailbox(loaded.load, loaded.spec, self._holdings.granularity)
-        if mailbox_bytes:  # before a rank is told of a mailbox that it cannot map
-            seats = {seat.device for seat in (*transition.before.seats, *transition.after.seats)}
-            check_exchange([memories[name].device for name in sorted(seats)])
         for seat in transition.after.seats:
             if transition.before.seat_on(seat.device) is not None:
                 continue
