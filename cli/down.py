@@ -105,7 +105,7 @@ def _nothing_runs(path: Path, *, is_keeping: bool) -> int:
 
 
 def _clear(path: Path, error: ElasticMoEError | None = None) -> None:
-    """Remove what was left, except its logs. Raises `error`, or ElasticMoEError starting, when a launcher lives there."""
+    """Remove what was left, except its logs. Raises `error`, or `starting`, when a launcher lives there."""
     _remove(path, keep_logs=True, error=error)
     say(f"nothing runs in {path}; what an earlier run left was removed, its logs are in {path / 'logs'}")
 

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0 when a deployment runs there, 1 when none does."""
     path = run_dir_of(args.run_dir)
     if args.watch:
-        return watch(lambda: collect(path), _pause_s)
+        return watch(lambda: collect(path, is_watched=True), _pause_s)
     status = collect(path)
     if args.json:
         say_json(status)
@@ -51,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if status["running"] else 1
 
 
-def collect(run_dir: Path) -> dict[str, Any]:
-    """Everything that can be learnt now, as JSON values. A part that does not answer is given as its error's text."""
+def collect(run_dir: Path, *, is_watched: bool = False) -> dict[str, Any]:
+    """Everything that can be learnt now, as JSON values. A part that does not answer is given as its error's text.
+    `is_watched`: without what costs too much to be asked for again and again."""
     record = living_record(run_dir)
     status: dict[str, Any] = {"run_dir": str(run_dir), "running": record is not None}
     if record is None:
@@ -71,7 +72,7 @@ def collect(run_dir: Path) -> dict[str, Any]:
         status |= {name: {"error": error.message} for name in views}
     with http_client(timeout=_TIMEOUT_S) as client:
         status["load"] = _load_of(client, f"{record.url}/load")
-    for rank in status["layout"].get("ranks", ()):
+    for rank in () if is_watched else status["layout"].get("ranks", ()):  # the kernel walks all that a rank has mapped
         rank["mapped_large"] = _mapped_large(rank.get("pid"))
     return status
 

@@ -21,31 +21,37 @@ _TOLD: Final = {"log_format": "json"}
 
 
 class Transition(msgspec.Struct, frozen=True):
-    """When the HMM entered which phase of an operation, by its log; seconds of the wall clock. The last attempt's."""
+    """When the HMM entered which phase of an operation's legs, by its log: seconds of the wall clock, by each attempt's
+    name. Only what was committed counts: what an attempt copied that was given up is copied again."""
 
-    phases: dict[str, float]
+    attempts: dict[str, dict[str, float]]
 
     @property
     def copied_s(self) -> float:
-        """From its first copy until all it had to make was there, KV among it. 0 where it did not say."""
-        return self._between("copying", "staged")
+        """Of all legs together, from the first copy until all that was to be made was there, KV among it. 0 where the
+        log does not say it of each."""
+        legs = self._legs
+        is_told = legs and all({"copying", "staged"} <= phases.keys() for phases in legs)
+        return sum(phases["staged"] - phases["copying"] for phases in legs) if is_told else 0.0
 
     @property
-    def flip(self) -> Window | None:
-        """From the commit until all ranks had flipped, as the monotonic clock has it; None where it did not say."""
-        if not {"committed", "flipped"} <= self.phases.keys():
+    def flips(self) -> list[Window] | None:
+        """Of each leg, from the commit until all ranks had flipped, as the monotonic clock has it; None where the log
+        does not say it of each."""
+        legs = self._legs
+        if not legs or not all("flipped" in phases for phases in legs):
             return None
-        offset = time.monotonic() - time.time()
-        begun, ended = (self.phases[name] + offset for name in ("committed", "flipped"))
-        return Window(begun - _LOG_MS / 1e3, ended + _LOG_MS / 1e3)
+        offset, margin = time.monotonic() - time.time(), _LOG_MS / 1e3
+        return [Window(phases["committed"] + offset - margin, phases["flipped"] + offset + margin) for phases in legs]
 
-    def _between(self, first: str, last: str) -> float:
-        return self.phases[last] - self.phases[first] if {first, last} <= self.phases.keys() else 0.0
+    @property
+    def _legs(self) -> list[dict[str, float]]:
+        return [phases for phases in self.attempts.values() if "committed" in phases]
 
 
 def transition_of(lines: Iterable[str], op_id: str) -> Transition:
     """What an HMM's log in JSON says of an operation."""
-    phases: dict[str, float] = {}
+    attempts: dict[str, dict[str, float]] = {}
     for line in lines:
         try:
             entry = msgspec.json.decode(line)
@@ -53,13 +59,14 @@ def transition_of(lines: Iterable[str], op_id: str) -> Transition:
             continue  # of another process, or half a line
         if not isinstance(entry, dict) or entry.get("message") != "transition" or entry.get("operation_id") != op_id:
             continue
+        phases = attempts.setdefault(str(entry["attempt"]), {})
         phases[str(entry["phase"])] = datetime.fromisoformat(str(entry["ts"])).timestamp()
-    return Transition(phases)
+    return Transition(attempts)
 
 
 class Watched(Elastic):
     """The elastic method. What it found beside lies in the operation, under `watched`: seconds that the HMM's copying
-    phase took, and the longest gap of any stream about the flip in milliseconds; None for what its log does not say."""
+    phases took, and the longest gap of any stream about a flip in milliseconds; None for what its log does not say."""
 
     async def scale(self, size: int) -> Outcome:
         """See Method."""
@@ -67,8 +74,10 @@ class Watched(Elastic):
         path = self._current.run_dir / "logs" / "hmm.log"
         with open(path, encoding="utf-8", errors="replace") as lines:
             transition = transition_of(lines, str(outcome.operation["op_id"]))
-        flip = transition.flip
-        gap = None if flip is None else longest(gaps_of(self.load.requests, time.monotonic()), flip) * 1e3
+        gap: float | None = None
+        if (flips := transition.flips) is not None:
+            gaps = gaps_of(self.load.requests, time.monotonic())
+            gap = max(longest(gaps, flip) for flip in flips) * 1e3
         watched = {"copied_s": transition.copied_s, "flip_gap_ms": gap}
         return msgspec.structs.replace(outcome, operation=outcome.operation | {"watched": watched})
 

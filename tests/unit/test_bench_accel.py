@@ -223,17 +223,29 @@ def test_aims_are_met_to_the_letter() -> None:
 
 
 def test_the_hmms_log_says_when_it_copied_and_when_all_had_flipped() -> None:
-    def line(phase: str, second: str, op_id: str = "op") -> str:
-        entry = {"ts": f"2026-11-29T07:00:{second}+00:00", "message": "transition"}
-        return json.dumps(entry | {"operation_id": op_id, "phase": phase})
+    """Of each leg, and of the attempt at it that was committed."""
 
-    lines = [line("copying", "01.000"), line("staged", "01.250"), line("staged", "09.000", "other"), "half a li", "[]"]
+    def line(phase: str, second: str, leg: str = "0.0", op_id: str = "op") -> str:
+        entry = {"ts": f"2026-11-29T07:00:{second}+00:00", "message": "transition"}
+        return json.dumps(entry | {"operation_id": op_id, "attempt": f"{op_id}/{leg}", "phase": phase})
+
+    lines = [
+        line("copying", "00.000"),
+        line("aborted", "00.500"),
+        line("staged", "09.000", op_id="other"),
+        "half",
+        "[]",
+    ]
+    assert transition_of(lines, "op").copied_s == 0.0
+    lines += [line("copying", "01.000", "0.1"), line("staged", "01.250", "0.1"), line("committed", "02.000", "0.1")]
     assert transition_of(lines, "op").copied_s == pytest.approx(0.25)
-    assert transition_of(lines, "op").flip is None
-    lines += [line("committed", "02.000"), line("flipped", "02.010")]
-    flip = transition_of(lines, "op").flip
-    assert flip is not None
-    assert flip.end - flip.start == pytest.approx(0.012), "with a millisecond on each side"
+    assert transition_of(lines, "op").flips is None
+    lines += [line("flipped", "02.010", "0.1"), line("copying", "03.000", "1.0"), line("staged", "03.500", "1.0")]
+    lines += [line("committed", "04.000", "1.0"), line("flipped", "04.020", "1.0")]
+    assert transition_of(lines, "op").copied_s == pytest.approx(0.75)
+    flips = transition_of(lines, "op").flips
+    assert flips is not None
+    assert [flip.end - flip.start for flip in flips] == pytest.approx([0.012, 0.022]), "a millisecond on each side"
     assert transition_of([], "op").copied_s == 0.0
 
 
