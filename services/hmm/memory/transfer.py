@@ -22,7 +22,7 @@ from elasticmoe.common.families import record
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
-from elasticmoe.common.protocol.errors import ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.hmm import RecordCopy
 from elasticmoe.common.seat_sizes import LedgerSizes, size_ledger, size_mailbox
 from elasticmoe.services.hmm.background import Background, Then
@@ -250,16 +250,20 @@ class Supply:
 
     # ---- In
 
-    def check_access(self, before: Layout, after: Layout, loaded: Loaded) -> None:
-        """Whether the ranks of `after` will be able to exchange tokens. Devices that leave, as they do when they are
-        lost, are not asked. Raises DeviceError."""
+    def lacking_access(self, after: Layout, loaded: Loaded) -> ElasticMoEError | None:
+        """Why the ranks of `after` cannot exchange tokens; None where they can. Devices that leave, as they do when
+        they are lost, are not asked."""
         if not size_mailbox(loaded.load, loaded.spec, self._holdings.granularity):
-            return
+            return None
         joining, staying = list[Device](), list[Device]()
         for seat in after.seats:
-            found = joining if before.seat_on(seat.device) is None else staying
+            found = joining if loaded.layout.seat_on(seat.device) is None else staying
             found.append(self._holdings.memories[seat.device].device)
-        check_exchange(joining, staying)
+        try:
+            check_exchange(joining, staying)
+        except DeviceError as error:
+            return error
+        return None
 
     def claim_stage(self, transition: Transition, loaded: Loaded) -> None:
         """Claim what `transition` needs beside what is there: ledger, mailbox and KV of new seats, and the records to

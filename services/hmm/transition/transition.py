@@ -121,12 +121,8 @@ class Transitions:
         bytes_total = sum(sizes.of(copy.key) for copy in request.copies)
         holdings.transition = Transition(request, loaded.layout, before, "vacating", bytes_total=bytes_total)
         self._is_flip_logged = False
-        try:  # before a rank is told to give KV away, or of a mailbox that it cannot map
-            self._supply.check_access(loaded.layout, request.layout, loaded)
-        except ElasticMoEError as error:
-            self._fail(error)
-        else:
-            self._enter("vacating")
+        error = self._supply.lacking_access(request.layout, loaded)  # before a rank is told to give KV away
+        self._enter("failed" if error else "vacating", refusal(error) if error else None)
         self.advance()
 
     def commit(self, transition_id: TransitionId) -> None:
