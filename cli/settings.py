@@ -122,6 +122,7 @@ def from_flags(args: argparse.Namespace) -> Settings:
         "store_url": args.store,
         "model": args.model,
         "served_name": args.served_name,
+        "performance_mode": args.performance_mode,
         "devices": args.devices,
         "replicas": args.replicas,
         "tp": args.tp,

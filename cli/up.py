@@ -78,6 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", *get_args(ExchangeKind)),
         help=f"how ranks exchange tokens (default {default['exchange']})",
     )
+    mode = f"settings for speed on one machine, where no other is given (default {default['performance_mode']})"
+    add("--performance-mode", choices=("balanced", "throughput"), help=mode)
     add("--host", help=f"address of the OpenAI-compatible listener (default {default['host']})")
     add("--api-key-file", metavar="FILE", help="a file with the key that clients have to send as a bearer token")
     add("--no-api-key", action="store_true", help="serve other machines without a key: everybody may use it")

@@ -1,9 +1,10 @@
 """The only reader of the environment. What can be set stands in `settings.py`: one frozen struct per service.
 
 Values come from a file (`$ELASTICMOE_CONFIG`, TOML), are overridden by the environment (`ELASTICMOE_<FIELD>`), and
-those by flags that a command passes as `overrides`. An unknown key in the file or the environment stops the start,
-but for the variables of Kubernetes' service links (`service_links.py`), which are nobody's setting. The defaults stand
-there and nowhere else: `tests/unit/test_defaults.py` compares what pages and compose files say with them.
+those by flags that a command passes as `overrides`; a performance mode fills in what none of them sets. An unknown key
+in the file or the environment stops the start, but for the variables of Kubernetes' service links (`service_links.py`),
+which are nobody's setting. The defaults stand there and nowhere else: `tests/unit/test_defaults.py` compares what
+pages and compose files say with them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from elasticmoe.common import performance
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.private import make_private
 from elasticmoe.common.protocol.errors import ConfigError
@@ -69,15 +71,16 @@ def load(kind: type[C], overrides: Mapping[str, Any] | None = None, flags: Mappi
 
 
 def given(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the file, the environment and `overrides` set, as it stands there, by field. Raises ConfigError for a file
-    that cannot be read and for an unknown name."""
+    """What the file, the environment and `overrides` set, as it stands there, by field, and what the performance mode
+    sets that they do not. Raises ConfigError for a file that cannot be read and for an unknown name."""
     every_field = {name for struct in CONFIGS for name in struct.__struct_fields__}
     values: dict[str, Any] = {}
     path = os.environ.get(PREFIX + "CONFIG")
     if path:
         values.update(_known(_read_toml(Path(path)), every_field, f"configuration file {path}"))
     values.update(_known(_environment(), every_field, _ENVIRONMENT))
-    return values | {key: value for key, value in (overrides or {}).items() if value is not None}
+    values |= {key: value for key, value in (overrides or {}).items() if value is not None}
+    return performance.defaults_of(values) | values
 
 
 def _environment() -> dict[str, str]:

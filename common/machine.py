@@ -1,4 +1,5 @@
-"""What this process may use of the machine: memory and cores, by the machine and by every control group it is in.
+"""What this process may use of the machine: memory and cores, by the machine and by every control group it is in; and
+what its processors can do.
 
 A group's limit holds for the groups in it, so the process's own group counts and each of its ancestors, as far as they
 can be seen: in a container the mount begins at its own group. Both versions of control groups, also side by side
@@ -56,6 +57,15 @@ def usable_cores(root: Path = ROOT) -> float:
     is less than that."""
     quotas = [_quota(version, folder) for version, folder in _groups(root, "cpu")]
     return min([float(len(os.sched_getaffinity(0))), *(quota for quota in quotas if quota is not None)])
+
+
+def multiplies_bfloat16(root: Path = ROOT) -> bool:
+    """Whether the processors have AVX-512's products of bfloat16 pairs, as all with AMX have."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    return any("avx512_bf16" in line.split() for line in lines if line.startswith("flags"))
 
 
 def _room(version: int, folder: Path) -> int | None:

@@ -63,6 +63,15 @@ OtlpEndpoint = Annotated[
     Meta(pattern=r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?\Z"),
     _is("A collector for traces, before `/v1/traces`; empty: there are none", form="`http://…` or `https://…`"),
 ]
+PerformanceMode = Annotated[
+    str,
+    Meta(pattern=r"^(balanced|throughput)\Z"),
+    _is(
+        "What settings are that nobody sets. `throughput`: `max_tokens_per_step` 512, and on `host:N` `replicas` 1, "
+        "`share_cores`, and `activations` bfloat16 where processors multiply it and `compute` can",
+        form="`balanced`, `throughput`",
+    ),
+]
 KeepAlive = Annotated[
     float,
     Meta(gt=0, le=3_600),
@@ -134,6 +143,7 @@ class Common(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class ModelConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is served, and its sizes."""
 
+    performance_mode: PerformanceMode = "balanced"
     model: Model = ""
     served_name: ServedName = ""
     dtype: Annotated[
@@ -263,6 +273,11 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(ge=1, le=64),
         _is("Most threads that a rank on `host` computes with; it takes the usable cores divided by `devices`"),
     ] = 64
+    share_cores: Annotated[
+        bool,
+        _is("Divide the usable cores by the ranks that run instead of by `devices`: none is idle, and none comes anew"),
+    ] = False
+    performance_mode: PerformanceMode = "balanced"
     captured_graphs: Annotated[
         bool,
         _is("Let ranks queue a decode step's sections as captured graphs, where `compute` can (`triton`)"),

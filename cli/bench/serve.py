@@ -2,8 +2,9 @@
 
 For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
 over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. In turn
-with these, `--structured` measures answers that have to be JSON of a schema, alone and as many of either kind in the
-same steps; `--traces` requests that are traced, where nobody asks for it, to a collector, and to one that is gone.
+with these, `--structured` measures the same answers by a grammar that allows any, so that masks are all that differs,
+and answers that have to be JSON of a schema, alone and as many of either kind in the same steps; `--traces` requests
+that are traced, where nobody asks for it, to a collector, and to one that is gone.
 `--peers` compares with other engines instead (see peers).
 """
 
@@ -40,7 +41,7 @@ from elasticmoe.common.transport import Client, new_identity
 Deployments = dict[str, Running]
 Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
 
-ANY, JSON = "any", "JSON"  # kinds of answers
+ANY, MASKED, JSON = "any", "any, masked", "JSON"  # kinds of answers
 STATUS_MS = 5_000
 _SERIES = ("model", "replicas", "tp", "answers", "traced")
 _PERSON: dict[str, Any] = {
@@ -49,6 +50,7 @@ _PERSON: dict[str, Any] = {
     "required": ["name", "age", "likes"],
     "additionalProperties": False,
 }
+ANYTHING = r"(.|\n)*"
 ENDLESS = {"type": "array", "items": _PERSON, "minItems": 10_000}  # so that answers are as long as asked for
 
 
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rounds of each, of which the best is told; the median beside --peers",
     )
     parser.add_argument(
-        "--structured", action="store_true", help="answers in JSON of a schema, too, alone and beside others"
+        "--structured", action="store_true", help="answers by grammars, too: of any text, and in JSON of a schema"
     )
     parser.add_argument("--traces", action="store_true", help="requests that are traced, too: needs the extra otel")
     parser.add_argument(
@@ -136,7 +138,7 @@ class Workload(NamedTuple):
 
 
 def _kinds(args: argparse.Namespace) -> list[Workload]:
-    forms = [(ANY,), (JSON,), (ANY, JSON)][: 3 if args.structured else 1]
+    forms = [(ANY,), (MASKED,), (JSON,), (ANY, JSON)][: 4 if args.structured else 1]
     kinds = itertools.product(args.concurrency, forms, TRACINGS if args.traces else TRACINGS[:1])
     return [kind for kind in map(Workload._make, kinds) if kind.concurrency >= len(kind.answers)]
 
@@ -172,7 +174,11 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
     with _deployments(args, model, replicas, kinds) as deployments:
         with http_client(next(iter(deployments.values())).url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
-        shapes = {ANY: shape, JSON: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS})}
+        shapes = {
+            ANY: shape,
+            MASKED: msgspec.structs.replace(shape, structured_outputs={"regex": ANYTHING}),
+            JSON: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS}),
+        }
         for answers, deployment in itertools.product({answers for _, answers in results}, deployments.values()):
             asyncio.run(run_clients(deployment.url, shapes[answers], 2 * replicas, 2 * replicas, seed=0))
         for turn in range(args.rounds):

@@ -203,3 +203,15 @@ def check_against_oracle(streams: Sequence[Stream], model: Path) -> int:
             assert (stream.text, stream.finish) == (expected, "length")
         num_tokens += len(stream.text)
     return num_tokens
+
+
+def check_against_undisturbed(base_url: str, model: str, streams: Sequence[Stream]) -> None:
+    """Greedy `streams` of one length have what the same prompts are answered with, one at a time."""
+    (length,) = {stream.max_tokens for stream in streams}
+    reference: dict[tuple[int, ...], str] = {}
+    with httpx.Client(base_url=base_url, timeout=60, trust_env=False) as client:
+        for key in {tuple(stream.prompt) for stream in streams}:
+            body = {"model": model, "prompt": key, "max_tokens": length, "temperature": 0, "ignore_eos": True}
+            reference[key] = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    for stream in streams:
+        assert (stream.error, stream.finish, stream.text) == (None, "length", reference[tuple(stream.prompt)])

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.procs.clients import Load, check_load_against_oracle
+from tests.procs.clients import Load, check_against_undisturbed, check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.integrity import check_integrity
 
@@ -117,14 +117,8 @@ async def test_greedy_streams_across_a_resize_equal_an_undisturbed_run(
         for replicas in (4, 1, 3, 2):
             assert (await asyncio.to_thread(deployment.scale, replicas=replicas))["phase"] == "done"
             await asyncio.to_thread(check_integrity, deployment)
-    reference: dict[tuple[int, ...], str] = {}
-    with httpx.Client(base_url=deployment.base_url, timeout=60, trust_env=False) as client:
-        for key in {tuple(stream.prompt) for stream in load.streams}:
-            body = {"model": name, "prompt": key, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-            reference[key] = client.post("/v1/completions", json=body).json()["choices"][0]["text"]
     assert len(load.streams) >= 8
-    for stream in load.streams:
-        assert (stream.error, stream.finish, stream.text) == (None, "length", reference[tuple(stream.prompt)])
+    check_against_undisturbed(deployment.base_url, name, load.streams)
 
 
 def kv_blocks(deployment: Deployment) -> dict[str, int]:

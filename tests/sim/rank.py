@@ -383,6 +383,7 @@ class RankProcess(Actor):
             attach_ms=1.0,
             build_ms=1.0,
             computes_by="",
+            use_cores=lambda _: None,
         )
         if self.leads:
             board = self.board if self.mapping.spec.tp > 1 else None

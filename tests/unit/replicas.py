@@ -130,6 +130,7 @@ class Replicas:
             attach_ms=0.0,
             build_ms=0.0,
             computes_by="",
+            use_cores=lambda _: None,
         )
         if seat_of.rank.tp:
             return Follower(parts, board, ranks.models[slot], kv, lambda _: None)

@@ -12,7 +12,7 @@ import torch
 from elasticmoe.common.config import PoolConfig
 from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.factory import BackendOptions, open_backend
-from elasticmoe.services.worker.rank import assembly
+from elasticmoe.services.worker.rank.cores import threads_of
 from tests.unit.kernel_memory import DTYPES, random
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
@@ -94,15 +94,33 @@ def test_numbers_out_of_range_are_refused(count: int) -> None:
 )
 def test_a_rank_has_the_cores_of_one_device(cores: int, devices: str, most: int, threads: int) -> None:
     config = PoolConfig(run_dir="/nonexistent", devices=devices, threads_max=most)
-    assert assembly._threads(config, cores) == threads
-    assert assembly._threads(msgspec.structs.replace(config, pin_cores=True), cores) == 1
+    assert [threads_of(config, cores, num_ranks) for num_ranks in (1, 2)] == [threads, threads]
+    assert threads_of(msgspec.structs.replace(config, pin_cores=True), cores, 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "num_ranks", "most", "threads"),
+    [(2, 1, 64, 2), (2, 2, 64, 1), (16, 3, 64, 5), (16, 1, 4, 4), (1, 2, 64, 1)],
+)
+def test_ranks_that_share_cores_have_equal_parts(cores: int, num_ranks: int, most: int, threads: int) -> None:
+    config = PoolConfig(run_dir="/nonexistent", devices="host:8", threads_max=most, share_cores=True)
+    assert threads_of(config, cores, num_ranks) == threads
+    assert threads_of(msgspec.structs.replace(config, pin_cores=True), cores, num_ranks) == 1
 
 
 def test_a_backend_has_the_threads_that_it_is_given() -> None:
-    open_backend("host", options=BackendOptions(threads=3))
-    assert kernels.threads() == 3
+    backend = open_backend("host", options=BackendOptions(threads=3))
+    assert (kernels.threads(), backend.computes_by.endswith(", 3 threads")) == (3, True)
     open_backend("host")
     assert kernels.threads() == 1
+
+
+def test_a_backend_that_shares_cores_has_more_or_fewer_threads_as_ranks_go_and_come() -> None:
+    backend = open_backend("host", options=BackendOptions(threads=2, shares_cores=True))
+    assert backend.computes_by.endswith(", shared cores")
+    for count in (1, 4, 4, 1):
+        backend.use_threads(count)
+        assert kernels.threads() == count
 
 
 @pytest.mark.parametrize("error", [RuntimeError("Resource temporarily unavailable"), MemoryError()])

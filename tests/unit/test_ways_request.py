@@ -156,6 +156,7 @@ def rank(ranks: Ranks) -> Iterator[tuple[Rank, Wire]]:
         attach_ms=0.0,
         build_ms=0.0,
         computes_by="",
+        use_cores=lambda _: None,
     )
     with Rank(parts, engine, lambda _: None) as rank:
         rank.start(SYSTEM_CLOCK.monotonic())

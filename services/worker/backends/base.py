@@ -74,6 +74,10 @@ class ComputeBackend(ABC):
         """What an operator can compare: its kernels, and all that a rank chose for itself on this machine."""
         return self.name
 
+    def use_threads(self, count: int) -> None:  # noqa: B027 - most have none of their own
+        """Let so many threads compute from now on, between two steps: other ranks have come or gone. Results do not
+        depend on it (ADR 44)."""
+
     # ---- buffers and the queue
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -34,11 +34,12 @@ def _open_triton(tell_waiting: TellWaiting, device: torch.device, graphs: bool) 
 class BackendOptions(NamedTuple):
     """`graphs`: steps may be captured, where that can be done. `threads`: that compute in this process, where the
     backend can have several; what cannot be started is done without. `activations`: what bfloat16 weights are
-    multiplied by."""
+    multiplied by. `shares_cores`: `threads` changes with the number of ranks (ComputeBackend.use_threads)."""
 
     graphs: bool = True
     threads: int = 1
     activations: Activations = "float32"
+    shares_cores: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -48,7 +49,7 @@ class BackendOptions(NamedTuple):
 
 BACKENDS: dict[Compute, Callable[[TellWaiting, torch.device, BackendOptions], ComputeBackend]] = {
     "host": lambda tell_waiting, device, options: HostBackend(
-        tell_waiting, device, options.threads, rounds=options.rounds
+        tell_waiting, device, options.threads, rounds=options.rounds, shares_cores=options.shares_cores
     ),
     "torch": lambda tell_waiting, device, options: TorchBackend(tell_waiting, device, rounds=options.rounds),
     "triton": lambda tell_waiting, device, options: _open_triton(tell_waiting, device, options.graphs),

@@ -60,21 +60,33 @@ class HostBackend(ComputeBackend):
         threads: int = 1,
         *,
         rounds: bool = False,
+        shares_cores: bool = False,
     ) -> None:
         """See ComputeBackend. `threads`: that compute in this process; what cannot be started is done without.
-        `rounds`: what is multiplied by bfloat16 weights is rounded to bfloat16, too."""
+        `rounds`: what is multiplied by bfloat16 weights is rounded to bfloat16, too. `shares_cores`: the threads become
+        more and fewer (`use_threads`), which `computes_by` says instead of their number."""
         super().__init__(tell_waiting, device)
         self._rounds = rounds
-        try:
-            kernels.use_threads(threads)
-        except (RuntimeError, MemoryError) as error:
-            log.warning("threads cannot be started", wanted=threads, there_are=kernels.threads(), because=str(error))
-        log.info("computes", threads=kernels.threads(), by=kernels.instruction_sets()[0])
+        self._shares_cores = shares_cores
+        self._wanted = 0
+        self.use_threads(threads)
 
     @property
     def computes_by(self) -> str:
         """See ComputeBackend: the instruction set of the process's kernels, and how many threads it has."""
-        return f"{self.name} {kernels.instruction_sets()[0]}, {counted(kernels.threads(), 'thread')}"
+        threads = "shared cores" if self._shares_cores else counted(kernels.threads(), "thread")
+        return f"{self.name} {kernels.instruction_sets()[0]}, {threads}"
+
+    def use_threads(self, count: int) -> None:
+        """See ComputeBackend."""
+        if count == self._wanted:
+            return
+        self._wanted = count
+        try:
+            kernels.use_threads(count)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("threads cannot be started", wanted=count, there_are=kernels.threads(), because=str(error))
+        log.info("computes", threads=kernels.threads(), by=kernels.instruction_sets()[0])
 
     def _synchronize(self) -> None:
         """See ComputeBackend. Nothing is ever in flight."""

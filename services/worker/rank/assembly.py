@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from elasticmoe.common import fdchannel
 from elasticmoe.common.clock import SYSTEM_CLOCK
 from elasticmoe.common.config import PoolConfig
-from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.fence import Fence
 from elasticmoe.common.protocol.handles import TO_RANK
@@ -26,6 +26,7 @@ from elasticmoe.services.worker.exchange.shm_board import ShmBoard
 from elasticmoe.services.worker.hmm.link import HmmLink
 from elasticmoe.services.worker.hmm.memory import RankMemory
 from elasticmoe.services.worker.model.registry import Model, build_model
+from elasticmoe.services.worker.rank.cores import threads_of
 from elasticmoe.services.worker.rank.follower import Follower
 from elasticmoe.services.worker.rank.loop import SeatLoop
 from elasticmoe.services.worker.rank.parts import SeatParts
@@ -55,12 +56,14 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
     barrier = ShmBarrier(memory.bus, memory.doorbells, seat.slot)
     # The memory was sized when it was made; a scaler that was restarted with larger limits cannot stretch it.
     max_tokens = min(seat.max_tokens, memory.bus.max_tokens)
+    threads = partial(threads_of, config, cores)
+    num_ranks = (barrier.membership().members | 1 << seat.slot).bit_count()
     torch_device = memory.device.open_torch()
     backend = open_backend(
         seat.compute,
         barrier.tell_waiting,
         torch_device,
-        BackendOptions(config.captured_graphs, _threads(config, cores), seat.activations),
+        BackendOptions(config.captured_graphs, threads(num_ranks), seat.activations, config.share_cores),
     )
     exchange = open_exchange(memory, backend, config.state_dir / "torch_dist")
     board = ShmBoard(memory.bus, memory.replica) if memory.spec.tp > 1 else None
@@ -83,18 +86,12 @@ def open_rank(config: PoolConfig, seat: StartRank, tell_ready: Callable[[RankRea
         attach_ms=(attached - started) * 1e3,
         build_ms=(clock.monotonic() - attached) * 1e3,
         computes_by=backend.computes_by,
+        use_cores=lambda num_ranks: backend.use_threads(threads(num_ranks)),
     )
     if engine is not None:
         return Rank(parts, engine, tell_ready)
     assert board is not None, "a replica of several ranks"
     return Follower(parts, board, model, memory.kv, tell_ready)
-
-
-def _threads(config: PoolConfig, cores: int) -> int:
-    """Of a rank: the cores of one of the devices that share the machine; one where it is pinned to it."""
-    if config.pin_cores:
-        return 1
-    return max(1, min(config.threads_max, cores // len(DeviceCount.parse(config.devices).names())))
 
 
 def _engine(

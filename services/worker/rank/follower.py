@@ -102,7 +102,7 @@ class Follower(SeatLoop):
             self._look(self._server.poll(0), now)
         self._barrier.count_progress()
         self._change_memory()
-        self._lockstep.sync()
+        self._sync()
         return self._lockstep.is_member and self._lockstep.shall_meet()
 
     def _step(self) -> None:

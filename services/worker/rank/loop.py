@@ -40,6 +40,7 @@ class SeatLoop(ABC):
         self._barrier = parts.barrier
         self._exchange = parts.exchange
         self._revision = parts.revision
+        self._use_cores = parts.use_cores
         self._ready = RankReady(
             seat.rank, seat.slot, seat.incarnation, parts.attach_ms, parts.build_ms, parts.computes_by
         )
@@ -127,6 +128,13 @@ class SeatLoop(ABC):
         for handed in self._hmm.look(readable, now):
             failpoint("rank.apply")
             self._memory.take(*handed)
+
+    def _sync(self) -> bool:
+        """Follow to the present generation (see Lockstep.sync), with this rank's part of the machine's cores."""
+        is_new = self._lockstep.sync()
+        if is_new:
+            self._use_cores(self._lockstep.members.bit_count())
+        return is_new
 
     def _change_memory(self) -> None:
         """A slice of what the HMM asked for."""

@@ -64,6 +64,7 @@ class SeatParts(NamedTuple):
     `barrier`, `exchange`: its ends of what all ranks share.
     `attach_ms`, `build_ms`: how long it took until all of this was there.
     `computes_by`: see ComputeBackend.
+    `use_cores`: divides the machine's cores by so many ranks that step together, from the next step on.
     """
 
     seat: StartRank
@@ -79,3 +80,4 @@ class SeatParts(NamedTuple):
     attach_ms: float
     build_ms: float
     computes_by: str
+    use_cores: Callable[[int], None]

@@ -127,7 +127,7 @@ class Rank(SeatLoop):
         self._barrier.count_progress()
         self._change_memory()
         lockstep = self._lockstep
-        if lockstep.sync():
+        if self._sync():
             self._engine.scheduler.budget.begin(lockstep.members.bit_count() // self._memory.spec.tp)
             self._migration.ask_again()
             if lockstep.has_come_in:
