@@ -58,6 +58,11 @@ PoolName = Annotated[
     Meta(pattern=r"^[a-z0-9-]{1,32}\Z"),
     _is("The worker pool's name; pools of one deployment differ in it", form="1 to 32 of `a-z 0-9 -`"),
 ]
+Standbys = Annotated[
+    int,
+    Meta(ge=0, le=64),
+    _is("Processes kept ready beyond the running ranks; with 0 each rank starts from nothing, which takes seconds"),
+]
 OtlpEndpoint = Annotated[
     str,
     Meta(pattern=r"^(https?://[^\s/?#@]+(/[^\s?#]*)?)?\Z"),
@@ -70,6 +75,13 @@ PerformanceMode = Annotated[
         "What settings are that nobody sets. `throughput`: `max_tokens_per_step` 512, and on `host:N` `replicas` 1, "
         "`share_cores`, and `activations` bfloat16 where processors multiply it and `compute` can",
         form="`balanced`, `throughput`",
+    ),
+]
+ShareCores = Annotated[
+    bool,
+    _is(
+        "Divide the usable cores by the ranks that run instead of by `devices` (`host:N`): none is idle, and a growth "
+        "brings memory and no cores"
     ),
 ]
 KeepAlive = Annotated[
@@ -259,11 +271,7 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
     devices: Devices = "host:2"
     pool_name: PoolName = "pool"
-    standbys: Annotated[
-        int,
-        Meta(ge=0, le=64),
-        _is("Processes kept ready beyond the running ranks; with 0 each rank starts from nothing, which takes seconds"),
-    ] = 2
+    standbys: Standbys = 2
     pin_cores: Annotated[
         bool,
         _is("Let the rank of device `host:i` run on core i only (modulo their number), as on a slice of the machine"),
@@ -273,10 +281,7 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
         Meta(ge=1, le=64),
         _is("Most threads that a rank on `host` computes with; it takes the usable cores divided by `devices`"),
     ] = 64
-    share_cores: Annotated[
-        bool,
-        _is("Divide the usable cores by the ranks that run instead of by `devices`: none is idle, and none comes anew"),
-    ] = False
+    share_cores: ShareCores = False
     performance_mode: PerformanceMode = "balanced"
     captured_graphs: Annotated[
         bool,
@@ -287,9 +292,11 @@ class PoolConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The scaler owns the layout, so it knows the model."""
 
+    share_cores: ShareCores = False
     admin_host: Annotated[str, _is("Address of the admin listener; keep it on loopback")] = "127.0.0.1"
     admin_port: Annotated[Port, _is("Its port; 0: a free one")] = 8100
     pool_name: PoolName = "pool"
+    standbys: Standbys = 2
     lease_ms: Annotated[
         int, Meta(ge=100, le=600_000), _is("A scaler that was silent for so long may be superseded", "ms")
     ] = 5_000

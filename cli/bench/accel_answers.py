@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from elasticmoe.cli.chat import first_model
 from elasticmoe.cli.http import client as http_client
@@ -13,6 +13,26 @@ _PROMPT_TOKENS = (3, 9, 17, 33, 64, 100)
 _OUTPUT_TOKENS = 12
 _TOKEN_MAX = 200  # ids that every vocabulary has
 _TIMEOUT_S = 120.0
+
+
+class Promise(NamedTuple):
+    """What a compute backend promises of its answers. `dtype`: of the deployments in which they are compared with
+    torch's on a CPU; `logprobs_max`: how far a logprob may be from that one's; `keeps_bits`: a resize changes no answer
+    (ADR 8). Where it may, logprobs stay as near to what they were.
+    """
+
+    dtype: str
+    logprobs_max: float
+    keeps_bits: bool
+
+
+_PROMISE: Final = Promise("float32", 0.02, keeps_bits=True)  # sums in another order
+_OTHER_PROMISES: Final = {"torch_npu": Promise("bfloat16", 0.25, keeps_bits=False)}  # ADR 38: it rounds products
+
+
+def promise_of(compute: str) -> Promise:
+    """Of a compute backend; of an accelerator's own choice where it is empty."""
+    return _OTHER_PROMISES.get(compute, _PROMISE)
 
 
 class GreedyAnswer(NamedTuple):

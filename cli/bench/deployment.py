@@ -34,6 +34,8 @@ from elasticmoe.common.wording import counted
 COMMAND = [sys.executable, "-m", "elasticmoe.cli.main"]
 _TURN_S = 0.02
 _KILL_SECONDS_MAX = 15.0
+_LARGE_S = 3.0  # that large pages become no more for: the scaler asks the HMM once a second
+_LARGE_SECONDS_MAX = 300.0
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,21 @@ def running(model: str, replicas: int, *, devices: str = "", **settings: Any) ->
         finally:  # also where `up` was interrupted when it had just come up; where nothing runs there is nothing to do
             down = [*COMMAND, "down", *where]
             subprocess.run(down, check=True, stdout=subprocess.DEVNULL, start_new_session=True)
+
+
+def wait_settled(deployment: Running) -> None:
+    """Wait until the HMM makes no more large pages of what is loaded, which takes a part of the machine (ADR 36), or
+    _LARGE_SECONDS_MAX. Raises ValueError where the scaler does not answer."""
+    token = read_secret(deployment.run_dir / "secrets" / "admin.token")
+    local, path = deployment.run_dir / "sockets" / "admin.sock", "/v1/devices"
+    begun = since = time.monotonic()
+    seen = -1
+    while time.monotonic() - since < _LARGE_S and since - begun < _LARGE_SECONDS_MAX:
+        answer = asyncio.run(ask("GET", f"http://localhost{path}", local=local, token=token))
+        now = sum(device["large_pages"] for device in _document(path, *answer)["devices"])
+        if now != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(10 * _TURN_S)
 
 
 class Deployment:

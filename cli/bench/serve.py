@@ -1,10 +1,11 @@
 """`elasticmoe bench serve`: steady state. Tokens per second, TTFT and TPOT at several concurrencies.
 
-For each model and number of replicas a deployment is started, warmed up, measured and stopped; rounds are interleaved
-over the concurrencies, because shared machines drift, and the best round of each is reported beside the median. In turn
-with these, `--structured` measures the same answers by a grammar that allows any, so that masks are all that differs,
-and answers that have to be JSON of a schema, alone and as many of either kind in the same steps; `--traces` requests
-that are traced, where nobody asks for it, to a collector, and to one that is gone.
+For each model and number of replicas a deployment is started, left until its memory lies in large pages, warmed up,
+measured and stopped; rounds are interleaved over the concurrencies, because shared machines drift, and the best round
+of each is reported beside the median. In turn with these, `--structured` measures the same answers by a grammar that
+allows any, so that masks are all that differs, and answers that have to be JSON of a schema, alone and as many of
+either kind in the same steps; `--traces` requests that are traced, where nobody asks for it, to a collector, and to one
+that is gone.
 `--peers` compares with other engines instead (see peers).
 """
 
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from elasticmoe.cli.arguments import WrongUsage, refuse_beside, whole, wholes
-from elasticmoe.cli.bench.deployment import Running, add_devices, add_tp, first_of, running
+from elasticmoe.cli.bench.deployment import Running, add_devices, add_tp, first_of, running, wait_settled
 from elasticmoe.cli.bench.peers import command as peers
 from elasticmoe.cli.bench.peers.engines import ENGINES, engines
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
@@ -163,6 +164,8 @@ def _deployments(args: argparse.Namespace, model: str, replicas: int, kinds: lis
         for collector in dict.fromkeys(kind.tracing.collector for kind in kinds):
             settings = stack.enter_context(_tracing(collector))
             found[collector] = stack.enter_context(running(model, replicas, devices=devices, tp=args.tp, **settings))
+        for deployment in found.values():
+            wait_settled(deployment)
         yield found
 
 

@@ -8,6 +8,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/float_mode.h"
 #include "testing.h"
 
 using namespace elasticmoe::kernels;
@@ -52,6 +53,29 @@ TEST(helpers_take_part_also_after_they_slept) {
       while (!have_met) std::this_thread::yield();
     });
     CHECK(have_met);
+  }
+}
+
+TEST(helpers_compute_in_the_mode_of_the_calling_thread) {
+  const OneThreadAgain after;
+  set_threads(2);
+  const uint32_t before = elasticmoe::float_mode();
+#if defined(__SSE__)
+  for (const uint32_t mode : {before ^ 0x8040U, before}) {  // the smallest numbers are zero, and are not
+#else
+  for (const uint32_t mode : {before}) {
+#endif
+    elasticmoe::set_float_mode(mode);
+    std::atomic<int> inside{0};
+    std::atomic<int> others{0};
+    std::atomic<bool> have_met{false};
+    share(2, [&](int64_t) {  // one of them is the helper's
+      if (inside.fetch_add(1) == 1) have_met = true;
+      while (!have_met) std::this_thread::yield();
+      others += elasticmoe::float_mode() != mode;
+    });
+    elasticmoe::set_float_mode(before);
+    CHECK(others == 0);
   }
 }
 

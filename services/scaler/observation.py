@@ -30,6 +30,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     sizes, memory, devices, rates: what plans are made from; devices that may be used
     kv_handle_tokens: that a KV handle holds
     step_tokens_max: prompt tokens of one step
+    shares_cores: replicas divide the machine's cores: of twice as many each is half as fast
     accepted, refused: the newest order of the policy that was
     """
 
@@ -42,6 +43,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     rates: Rates
     kv_handle_tokens: int
     step_tokens_max: int
+    shares_cores: bool = False
     accepted: str | None = None
     refused: RefusedOrder | None = None
 

@@ -1,9 +1,11 @@
-"""What a version leaves in its run directory when it is cut off in the middle of an operation, kept as a file.
+"""What a version leaves in its run directory when it is cut off in the middle of an operation, or stopped in order with
+its state, kept as a file.
 
 `python -m tests.procs.recorded NAME [ELASTICMOE]` records it, with this checkout's version or with the program
 ELASTICMOE of another one's virtual environment: `releases/NAME-POINT.tar.gz` for each of POINTS, in which the operation
-is cut off. In each are `told.json` with what its admin listener said, and the run directory but for what is secret or
-made anew. A release is recorded when it is made; test_upgrade.py lets the present version go on with every recording.
+is cut off, and for STOPPED. In each are `told.json` with what its admin listener said, and the run directory but for
+what is secret or made anew. A release is recorded when it is made; test_upgrade.py lets the present version go on with
+every recording.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from tests.procs.failpoints import Failpoints
 
 RELEASES = Path(__file__).parent / "releases"
 POINTS = ("scaler.leg1.prepare.after", "scaler.leg1.commit.after")
+STOPPED = "stopped"
 REPLICAS, REPLICAS_THEN, REPLICAS_WANTED, DEVICES = 2, 3, 4, 4
 _KEPT = ("deployment.json", "launcher.lock", "state", "store")
 _TOLD = "told.json"
@@ -76,16 +79,23 @@ def _record(name: str, point: str, model: Path, program: Path | None) -> None:
     folder = Path(tempfile.mkdtemp(prefix="em-"))
     points = Failpoints(folder / "points")
     model = settled(model, folder)
-    deployment = deploy(model, folder, failpoint_dir=points.folder, program=program)
+    flags = ("--keep-state",) if point == STOPPED else ()
+    deployment = deploy(model, folder, *flags, failpoint_dir=points.folder, program=program)
     try:
         deployment.wait_ready()
         policy = _set_policy(deployment)
         deployment.scale(replicas=REPLICAS_THEN)
-        points.arm(point)
-        operation = deployment.order(replicas=REPLICAS_WANTED)
-        points.wait_hit(point)
+        if point == STOPPED:
+            operation = deployment.scale(replicas=REPLICAS_WANTED)["op_id"]
+        else:
+            points.arm(point)
+            operation = deployment.order(replicas=REPLICAS_WANTED)
+            points.wait_hit(point)
         told = _told(deployment) | {"name": name, "date": time.strftime("%Y-%m-%d"), "policy": policy}
-        deployment.cut_off()
+        if point == STOPPED:
+            deployment.stop_keeping()
+        else:
+            deployment.cut_off()
         _rename(deployment.run_dir, str(model), _MODEL)
         _write(RELEASES / f"{name}-{point}.tar.gz", deployment.run_dir, told | {"operation": operation})
     finally:
@@ -136,14 +146,14 @@ def _anonymous(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def main() -> None:
-    """Record each of POINTS."""
+    """Record each of POINTS, and an orderly stop."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", help="of the recordings: the version, or its commit")
     parser.add_argument("program", nargs="?", type=Path, help="another version's `elasticmoe`")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="em-") as folder:
         model = make_model("oracle", Path(folder) / "oracle")
-        for point in POINTS:
+        for point in (*POINTS, STOPPED):
             _record(args.name, point, model, args.program)
 
 

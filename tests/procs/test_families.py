@@ -40,9 +40,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # With heads that two ranks divide, and KV so wide that a handle holds 512 tokens.
 OF_TWO: dict[str, dict[str, Any]] = {
+    "mixtral": CONFIGS["mixtral"] | {"head_dim": 192},
+    "qwen2_moe": CONFIGS["qwen2_moe"] | {"num_key_value_heads": 2, "hidden_size": 1152},
     "qwen3_moe": CONFIGS["qwen3_moe"] | {"num_key_value_heads": 2, "head_dim": 192},
+    "olmoe": CONFIGS["olmoe"] | {"hidden_size": 1152},
+    "granitemoe": CONFIGS["granitemoe"] | {"hidden_size": 1152},
+    "glm4_moe": CONFIGS["glm4_moe"] | {"head_dim": 192},
+    "glm4_moe_lite": CONFIGS["glm4_moe_lite"]
+    | {"num_attention_heads": 4, "num_key_value_heads": 4, "kv_lora_rank": 376},
     "deepseek_v2": CONFIGS["deepseek_v2"] | {"kv_lora_rank": 376},
+    "deepseek_v3": CONFIGS["deepseek_v3"] | {"kv_lora_rank": 376},
 }
+FEW = ("qwen3_moe", "deepseek_v2")  # KV that is cut by heads, latents that each rank has whole
 
 
 def kill_one(deployment: Deployment, rng: random.Random, index: int) -> None:
@@ -65,7 +74,7 @@ def kill_one(deployment: Deployment, rng: random.Random, index: int) -> None:
         *((name, "host", 1) for name in CONFIGS),
         ("qwen3_moe", "torch", 1),
         ("deepseek_v2", "torch", 1),
-        *((name, "host", 2) for name in OF_TWO),  # KV that is cut by heads, latents that each rank has whole
+        *(pytest.param(name, "host", 2, marks=() if name in FEW else pytest.mark.soak) for name in OF_TWO),
     ],
 )
 async def test_a_stream_across_all_that_happens_equals_the_undisturbed_one(

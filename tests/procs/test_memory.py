@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -124,6 +125,15 @@ def check_large_pages(deployment: Deployment) -> None:
     assert by.startswith(f"host {kernels.instruction_sets()[0]}, ")
 
 
+def answered(deployment: Deployment, model: str) -> Any:
+    """What it makes of a prompt of more than one block: tokens and their log probabilities."""
+    body = {"model": model, "prompt": list(range(100)), "max_tokens": 40, "ignore_eos": True, "logprobs": 3}
+    url = f"{deployment.base_url}/v1/completions"
+    answer = httpx.post(url, json=body | {"temperature": 0}, timeout=60, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"]
+
+
 def standby_pids(deployment: Deployment) -> set[int]:
     """The pool's processes that have no seat: forked from the same one as the ranks, which is among them."""
     commands = processes_of(deployment.run_dir)
@@ -152,13 +162,7 @@ def digest(path: Path) -> str:
 def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
     deployment = Deployment(large, replicas=3, dtype="bfloat16", kv_bytes=8 * MIB, device_bytes=400 * MIB).wait_ready()
     try:
-        answer = httpx.post(
-            f"{deployment.base_url}/v1/completions",
-            json={"model": large.name, "prompt": "hello", "max_tokens": 8, "ignore_eos": True},
-            timeout=30,
-            trust_env=False,
-        )
-        assert answer.status_code == 200, answer.text
+        before = answered(deployment, large.name)
         spec = load_spec(large, "bfloat16")
         experts = sum(r.nbytes for r in records(spec) if r.key.kind == "expert")
         others = sum(r.nbytes for r in records(spec) if r.key.kind != "expert")
@@ -189,8 +193,17 @@ def test_ranks_hold_no_private_copy_and_experts_exist_once(large: Path) -> None:
             assert private_bytes(maps) - standby < 40 * MIB, f"{name} holds {private_bytes(maps)}, a standby {standby}"
         assert deployment.admin("/v1/layout")["ranks"][0]["experts"] == 4 * 10
         check_large_pages(deployment)
+        assert answered(deployment, large.name) == before
     finally:
         deployment.stop()
+    small = Deployment(
+        large, replicas=2, dtype="bfloat16", kv_bytes=8 * MIB, device_bytes=400 * MIB, large_pages=False
+    ).wait_ready()
+    try:
+        assert answered(small, large.name) == before
+        assert all(device["large_pages"] == 0 for device in small.admin("/v1/devices")["devices"])
+    finally:
+        small.stop()
 
 
 def test_loading_reads_each_byte_once_and_peaks_below_checkpoint_plus_15_percent(large: Path) -> None:

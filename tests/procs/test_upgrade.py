@@ -1,5 +1,6 @@
-"""A deployment that another version has left, cut off in the middle of an operation: the present one goes on with its
-store and its run directory, and so does the next after an orderly stop. What was left is recorded (recorded.py)."""
+"""A deployment that another version has left, cut off in the middle of an operation or stopped in order: the present
+one goes on with its store and its run directory, and so does the next after an orderly stop. What was left is recorded
+(recorded.py)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from elasticmoe.cli.resume import store_name
 from elasticmoe.common.record import STATE_FORMAT, read_record, write_record
 from tests.procs.clients import check_load_against_oracle, closed_loop
 from tests.procs.deployment import Deployment, in_force
-from tests.procs.recorded import RELEASES, REPLICAS_WANTED, deploy, settled, unpack
+from tests.procs.recorded import RELEASES, REPLICAS_WANTED, STOPPED, deploy, settled, unpack
 from tests.procs.waiting import wait_until
 from tests.unit.stores import Server
 
@@ -27,7 +28,9 @@ pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.timeout(300)]
 
 OWN, SHARED = "default", "recorded"  # names of a deployment in a store of its own, and in one that may have others
 RECORDINGS = sorted(RELEASES.glob("*.tar.gz"))
-_ONE_OF_EACH = list({path.name.partition("-")[0]: path for path in RECORDINGS}.values())
+ARE_STOPPED = [path for path in RECORDINGS if path.name.endswith(f"-{STOPPED}.tar.gz")]
+ARE_CUT_OFF = [path for path in RECORDINGS if path not in ARE_STOPPED]
+_ONE_OF_EACH = list({path.name.partition("-")[0]: path for path in ARE_CUT_OFF}.values())
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_what_another_version_has_left_goes_on(
     assert left is not None
     assert left.state_format == STATE_FORMAT, "else `up` refuses it: tests/procs/test_launcher.py"
     with store(folder) as settings:
-        check_it_goes_on(deploy(model, folder, **settings), model, told)
+        check_it_goes_on(deploy(model, folder, **settings), model, told, is_stopped=recording in ARE_STOPPED)
 
 
 @pytest.mark.parametrize("recording", _ONE_OF_EACH, ids=lambda path: path.name.removesuffix(".tar.gz"))
@@ -108,14 +111,16 @@ def test_what_another_version_has_left_is_stopped_in_order_and_gone_on_with(
         second.discard()
 
 
-def check_it_goes_on(deployment: Deployment, model: Path, told: dict[str, Any]) -> None:
+def check_it_goes_on(deployment: Deployment, model: Path, told: dict[str, Any], *, is_stopped: bool) -> None:
     try:
         deployment.wait_ready()
         wait_until(lambda: "is served at" in deployment.output(), "`up` says where it serves")
         output = deployment.output()
-        assert f"resuming the deployment that was cut off in {deployment.run_dir}" in output
-        assert f"operation {told['operation']}, which was in progress, goes on" in output
-        check_same(deployment, told)
+        how = "stopped" if is_stopped else "cut off"
+        assert f"resuming the deployment that was {how} in {deployment.run_dir}" in output
+        goes_on = f"operation {told['operation']}, which was in progress, goes on"
+        assert (goes_on in output) is not is_stopped
+        check_same(deployment, told, is_settled=is_stopped)
         streams = asyncio.run(closed_loop(deployment.base_url, clients=4, requests=12, seed=1))
         assert check_load_against_oracle(streams, model) > 0
         epoch = deployment.admin("/v1/layout")["epoch"]
@@ -126,13 +131,14 @@ def check_it_goes_on(deployment: Deployment, model: Path, told: dict[str, Any]) 
         deployment.discard()
 
 
-def check_same(deployment: Deployment, told: dict[str, Any]) -> None:
-    """The operation that was in progress comes to its end; all else is what the version told."""
+def check_same(deployment: Deployment, told: dict[str, Any], *, is_settled: bool = False) -> None:
+    """The operation that was in progress comes to its end; all else is what the version told. `is_settled`: it had come
+    to its end before."""
     assert deployment.wait_operation(told["operation"])["outcome"] == "done"
     layout = deployment.admin("/v1/layout")
     assert layout["replicas"] == REPLICAS_WANTED
     assert layout["fence"] > told["fence"]
-    assert layout["epoch"] > told["epoch"]
+    assert layout["epoch"] >= told["epoch"] if is_settled else layout["epoch"] > told["epoch"]
     known = {one["op_id"]: one for one in deployment.admin("/v1/operations")["operations"]}
     assert told["ended"], "an operation had ended"
     for ended in told["ended"]:
@@ -144,4 +150,5 @@ def check_same(deployment: Deployment, told: dict[str, Any]) -> None:
 
 
 def test_there_are_recordings_of_other_versions() -> None:
-    assert len({path.name.partition("-")[0] for path in RECORDINGS}) >= 2
+    assert len({path.name.partition("-")[0] for path in ARE_CUT_OFF}) >= 2
+    assert ARE_STOPPED

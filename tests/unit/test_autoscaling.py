@@ -93,6 +93,26 @@ def test_a_deployment_that_is_too_small_is_let_grow_under_an_id_of_its_own() -> 
     assert again.decision.reason is Reason.AWAITING
 
 
+@pytest.mark.parametrize(("shares_cores", "factors"), [(False, [1, 1, 1]), (True, [0.5, 1, 2])])
+def test_replicas_that_share_cores_are_the_slower_the_more_there_are(shares_cores: bool, factors: list[float]) -> None:
+    seen = load(BUSY, shares_cores=shares_cores)
+    facts = [autoscaling._width_facts(seen, EXPERTS, 1, width) for width in (1, 2, 4)]
+    assert [one.step for one in facts] == [STEPS[2].slowed(factor) for factor in factors]
+    assert STEPS[2].slowed(2).seconds(100, 1_000, 10) == pytest.approx(2 * STEPS[2].seconds(100, 1_000, 10))
+
+
+def test_a_growth_that_brings_no_cores_is_not_ordered_for_their_sake() -> None:
+    busy = signals(60.0, queued=30, age_s=5.0)
+    _, actions = decide(load(busy))
+    assert [action.replicas for action in actions] == [4]
+    after, actions = decide(load(busy, shares_cores=True))
+    assert actions == ()
+    assert after.decision is not None
+    assert after.decision.reason is Reason.OUT_OF_REACH
+    _, actions = decide(load(BUSY, shares_cores=True))
+    assert [action.replicas for action in actions] == [4], "it brings memory"
+
+
 def test_advice_says_the_same_and_does_nothing() -> None:
     after, actions = decide(load(BUSY, mode="advise"))
     assert actions == ()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -16,9 +14,9 @@ import pytest
 from elasticmoe.services.hmm.loading import read_ahead as module
 from elasticmoe.services.hmm.loading.read_ahead import read_ahead
 from tests.procs.waiting import wait_until
+from tests.unit.page_cache import cached_bytes, drop
 
 NBYTES = 4 << 20
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class File:
@@ -27,22 +25,13 @@ class File:
     def __init__(self, path: Path) -> None:
         path.write_bytes(bytes(NBYTES))
         self.fd = os.open(path, os.O_RDONLY)
-        os.fsync(self.fd)  # pages that are not written yet would stay
-        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        self.mapped = mmap.mmap(self.fd, NBYTES, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE)
-        self._first = (ctypes.c_char * NBYTES).from_buffer(self.mapped)
+        drop(self.fd)
 
     def cached(self) -> int:
         """Bytes."""
-        pages = (ctypes.c_ubyte * (NBYTES // mmap.PAGESIZE))()
-        address = ctypes.c_void_p(ctypes.addressof(self._first))
-        if LIBC.mincore(address, ctypes.c_size_t(NBYTES), pages):
-            raise OSError(ctypes.get_errno(), "mincore")
-        return sum(page & 1 for page in pages) * mmap.PAGESIZE
+        return cached_bytes(self.fd)
 
     def close(self) -> None:
-        del self._first
-        self.mapped.close()
         os.close(self.fd)
 
 

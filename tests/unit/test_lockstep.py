@@ -18,7 +18,7 @@ from elasticmoe.common.protocol.handles import Routing
 from elasticmoe.native.bus import Bus, bus_bytes, format_bus
 from elasticmoe.services.worker.exchange.base import Exchange, StepAborted
 from elasticmoe.services.worker.exchange.shm_barrier import ShmBarrier
-from elasticmoe.services.worker.rank.lockstep import HAND_OVER_STEPS, HAND_OVERS_MAX, Lockstep
+from elasticmoe.services.worker.rank.lockstep import HAND_OVER_STEPS, HAND_OVERS_MAX, PUT_OFF_MAX, Lockstep
 
 DEADLINE_S = 20.0
 SLOTS = 4
@@ -231,6 +231,27 @@ def test_steps_that_somebody_waits_for_are_urgent_and_bounded_in_number(harness:
     harness.hmm.stage_membership(4, 0b11, 2)
     assert urgency(one, 3) == [True, True, False]
     met.join(DEADLINE_S)
+
+
+def test_prompts_that_urgent_steps_have_put_off_come_a_few_at_a_time_for_as_long(harness: Harness) -> None:
+    member = harness.add(0, 1)
+    harness.hmm.set_membership(1, 0b01, True, 1)
+    member.lockstep.sync()
+
+    def catching_up(num_steps: int) -> list[bool]:
+        seen = []
+        for _ in range(num_steps):
+            seen.append(member.lockstep.is_catching_up)
+            assert member.meet(1) > 0
+        return seen
+
+    assert catching_up(8) == [False] * 3 + [True] * 3 + [False] * 2  # the first steps are urgent
+    member.lockstep.hurry(2 * PUT_OFF_MAX)
+    assert catching_up(3 * PUT_OFF_MAX + 2) == [False] * 2 * PUT_OFF_MAX + [True] * PUT_OFF_MAX + [False] * 2
+    member.lockstep.hurry(2)
+    assert catching_up(3) == [False, False, True]
+    assert member.meet(0) == 0
+    assert not member.lockstep.is_catching_up, "nobody has work"
 
 
 def test_while_a_sequence_moves_all_ranks_steps_are_urgent(harness: Harness) -> None:

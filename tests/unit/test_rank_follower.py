@@ -44,6 +44,7 @@ from tests.unit.exchanges import Host
 from tests.unit.ranks import NUM_BLOCKS
 from tests.unit.replicas import SECONDS_MAX, Replicas
 from tests.unit.test_model_parity import CONFIGS
+from tests.unit.windows import Pushed
 
 LONG = 90
 
@@ -159,6 +160,24 @@ def test_a_step_that_fails_on_a_follower_is_repeated_by_all(
         replicas.wait_finished()
         check_exact(replicas, directory, prompts, 24)
         assert replicas.num_ended == 3
+
+
+def test_what_failed_steps_were_to_compute_is_not_told_as_done(directory: Path, tmp_path: Path) -> None:
+    with Replicas(directory, tmp_path, 2) as replicas:
+        told = [Pushed(), Pushed()]
+        leaders = [replicas.loops[0], replicas.loops[2]]
+        for leader, pushed in zip(leaders, told, strict=True):
+            assert isinstance(leader, Rank)
+            leader._windows.close()
+            leader._windows._end = pushed
+        fail_some(replicas.ranks.models[1], {3, 5, 9, 11, 12, 15}, lambda: ValueError("no"))
+        prompts = submit_some(replicas, 4, 24)
+        replicas.wait_finished()
+        check_exact(replicas, directory, prompts, 24)
+        left = sum(leader._windows._num_tokens for leader in leaders if isinstance(leader, Rank))
+        windows = [window for pushed in told for window in pushed.windows if isinstance(window, RankWindow)]
+        assert left + sum(window.generated for window in windows) == 4 * 24
+        assert replicas.num_ended == 6
 
 
 @pytest.mark.parametrize("slot", [1, 2, 3], ids=["a follower", "another leader", "its follower"])

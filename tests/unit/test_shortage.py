@@ -229,7 +229,8 @@ def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room(
     steps, failed = played.steps, played.failed
     sequence: Any = SimpleNamespace(wants_prompt_logprobs=False, arrival=0)
     prompt = StepPlan([Chunk(sequence, 0, 10, True)], [], [])
-    for left_out in ({"is_decode_only": True}, {"is_alone": True}, {"leaves_suspects": True}):
+    kinds = ("is_decode_only", "is_cut", "is_alone", "leaves_suspects")
+    for left_out in ({kind: True} for kind in kinds):
         failed.clear()
         for plan in (prompt, StepPlan([], [], [], **left_out)):
             steps.run(plan, plan.num_tokens, 0.0)

@@ -188,6 +188,24 @@ def test_no_step_exceeds_its_limit_and_nobody_who_runs_goes_without() -> None:
         assert min(LEAST_TOKENS + decoding, most) <= tokens <= most
 
 
+@pytest.mark.parametrize("most", [LEAST_TOKENS, MOST])
+def test_replicas_that_catch_up_divide_what_one_may_have(most: int) -> None:
+    budget = StepBudget(most)
+    budget.begin(3)
+    prompts = [200] * 5
+    whole = budget.tokens(prompts, 8)
+    budget.is_catching_up = True
+    assert budget.tokens(prompts, 8) == LEAST_TOKENS // 3 + 8 < whole
+    assert budget.tokens([], 8) == most, "nobody waits"
+    budget.begin(2 * LEAST_TOKENS)
+    assert budget.tokens(prompts, 8) == 1 + 8, "nobody goes without"
+    budget.begin(1)
+    assert budget.tokens(prompts, 8) == min(most, LEAST_TOKENS + 8)
+    budget.is_catching_up = False
+    budget.begin(3)
+    assert budget.tokens(prompts, 8) == whole
+
+
 def test_the_scheduler_asks_it() -> None:
     scheduler = Scheduler(
         BlockManager(1000, 16), max_tokens=MOST, max_sequences=64, max_model_len=4096, max_waiting=100

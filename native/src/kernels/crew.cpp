@@ -11,6 +11,7 @@
 #include <system_error>
 
 #include "core/clock.h"
+#include "core/float_mode.h"
 #include "core/futex.h"
 
 namespace elasticmoe::kernels {
@@ -35,6 +36,7 @@ struct Crew {
   std::atomic<bool> lacks_memory{false};
   void (*work)(void*, int64_t) = nullptr;
   void* context = nullptr;
+  uint32_t mode = 0;        // of the calling thread's floats, in which everybody computes
   int64_t num_started = 0;  // helpers; changed under is_taken
 };
 
@@ -78,6 +80,7 @@ bool take(Crew& of) noexcept {
   do {
     if ((state & kItems) == 0) return false;
   } while (!of.state.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire));
+  if (float_mode() != of.mode) set_float_mode(of.mode);
   if (!run(of.work, of.context, static_cast<int64_t>((state & kItems) - 1))) {
     of.lacks_memory.store(true, std::memory_order_relaxed);
   }
@@ -179,6 +182,7 @@ void share(int64_t count, void (*work)(void*, int64_t), void* context) {
   const Taken taken{of};
   of.work = work;
   of.context = context;
+  of.mode = float_mode();
   of.lacks_memory.store(false, std::memory_order_relaxed);
   of.done.store(0, std::memory_order_relaxed);
   const uint64_t job = (of.state.load(std::memory_order_relaxed) | kItems) + 1;

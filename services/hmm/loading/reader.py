@@ -1,7 +1,9 @@
 """Reading tensors of a verified checkpoint to their places in memory, each byte once: straight, where the stored dtype
 is the served one, else through small staging buffers. Two threads do that, each a chunk at a time.
 
-What several ranks of a replica have, or parts of the same rows, is read once and given to each."""
+What several ranks of a replica have, or parts of the same rows, is read once and given to each. The files stay in the
+kernel's page cache, for the next start, where the machine has plenty of room; else they are dropped as they are read.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 
 from elasticmoe.common.checkpoint import Checkpoint, ColumnRange, Part, Piece
 from elasticmoe.common.devices.base import Device
+from elasticmoe.common.machine import available_bytes
 from elasticmoe.common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.safetensors import DTYPE_BYTES as STORED_BYTES
@@ -29,6 +32,7 @@ _CHUNK_BYTES: Final = 16 << 20  # read at once by a thread: also how long an abo
 _STAGING_BYTES: Final = 4 << 20  # of source elements that wait for conversion, in the buffer of each thread
 _THREADS: Final = 2  # one may wait for the disk, or both make the pages of what they fill
 _DROP_BYTES: Final = 32 << 20  # read before the file's cached pages are dropped
+_PLENTY: Final = 2  # times the room for the files and what is filled from them: there is KV to be made besides
 
 _ScalesOf = dict[Part, NDArray[np.float32]]  # by where they are stored
 
@@ -97,9 +101,11 @@ class Reader:
         self._chunk_bytes = chunk_bytes or _CHUNK_BYTES
         self._staging_bytes = min(self._chunk_bytes, _STAGING_BYTES)
         self._takers: dict[tuple[Piece, Dtype], list[_Taker]] = {}  # by what is read, whatever they take of its rows
+        self._filled_bytes = 0  # of handles
 
     def add(self, record: RecordSpec, device: Device, address: int) -> None:
         """Let `record` be read to `address`, where `device` has mapped its handle."""
+        self._filled_bytes += record.nbytes
         for tensor in record.tensors:
             at = address + tensor.offset
             for piece in self._checkpoint.pieces(tensor):
@@ -123,23 +129,34 @@ class Reader:
         order = {file: at for at, file in enumerate(files)}
         all_targets = [_Target(piece, served, takers) for (piece, served), takers in self._takers.items()]
         all_targets.sort(key=lambda target: (order[target.part.file], target.part.begin))
+        is_dropped = not self._has_plenty()
         for file in files:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         with ThreadPoolExecutor(_THREADS, "reader") as threads:
             for file, targets in groupby(all_targets, key=lambda target: target.part.file):
-                self._read_file(file, list(targets), threads)
+                self._read_file(file, list(targets), threads, is_dropped=is_dropped)
         for file in files:
-            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            if is_dropped:
+                os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
             file.check_unchanged()
 
-    def _read_file(self, file: TensorFile, targets: Sequence[_Target], threads: ThreadPoolExecutor) -> None:
+    def _has_plenty(self) -> bool:
+        """Whether memory has room for the files, too: another start finds them there."""
+        try:
+            return available_bytes() >= _PLENTY * (self.nbytes + self._filled_bytes)
+        except OSError:
+            return False
+
+    def _read_file(
+        self, file: TensorFile, targets: Sequence[_Target], threads: ThreadPoolExecutor, *, is_dropped: bool
+    ) -> None:
         scales = self._read_scales(targets)
         dropped_to = 0
         for is_straight, group in groupby(targets, key=lambda target: target.is_straight):
             run = list(group)
             jobs = self._straight(run) if is_straight else self._converted(run, scales)
             for end in self._run(file, jobs, threads):
-                if end - dropped_to >= _DROP_BYTES:
+                if is_dropped and end - dropped_to >= _DROP_BYTES:
                     # What was read is in the handles now: a second copy in the page cache would double the peak.
                     os.posix_fadvise(file.fd, 0, end, os.POSIX_FADV_DONTNEED)
                     dropped_to = end

@@ -171,6 +171,7 @@ class Autoscaler:
             rates=Rates(copy_bytes_per_s=float(self._config.copy_limit)),
             kv_handle_tokens=facts.kv.blocks_per_handle * self._config.block_size,
             step_tokens_max=self._config.max_tokens_per_step,
+            shares_cores=self._config.share_cores,
             accepted=self._accepted,
             refused=self._refused,
         )

@@ -164,11 +164,15 @@ def _operation_facts(operation: Operation, now: float) -> OperationFacts:
 def _width_facts(load: Load, experts: tuple[int, ...], tp: int, width: int) -> WidthFacts:
     """`experts`: how many each layer has."""
     handles = kv_handles_at(load.sizes, load.memory, experts, width * tp)
-    step_width = nearest(load.steps, width)
+    step_width, step = nearest(load.steps, width), None
+    if step_width is not None:
+        step = load.steps[step_width]
+        if load.shares_cores:
+            step = step.slowed(width / step_width)
     return WidthFacts(
         width=width,
         kv_tokens=max(0, handles) * load.kv_handle_tokens,
-        step=load.steps[step_width] if step_width is not None else None,
+        step=step,
         prefill_tokens_max=load.step_tokens_max,
         devices=tp,
         step_width=step_width,

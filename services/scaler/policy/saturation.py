@@ -133,6 +133,13 @@ def _in_the_long_run(facts: WidthFacts, step: StepModel, demand: Demand, per_s: 
     return _InTheLongRun(TAIL * (prefill + wait), seconds, kv_tokens / facts.kv_tokens if facts.kv_tokens else math.inf)
 
 
+def work_rate(facts: WidthFacts, demand: Demand) -> float:
+    """Requests per second of this kind that a width computes in steps so full that what each one does besides counts
+    for nothing. Infinite where nothing is known of it."""
+    seconds = work(facts.step, demand, 1.0) if facts.step is not None else 0.0
+    return facts.width / seconds if seconds else math.inf
+
+
 def capacity(facts: WidthFacts, demand: Demand, config: PolicyConfig) -> float:
     """Requests per second of this kind with which the width is predicted to be at an objective. Infinite where nothing
     is known of it, and where not even one request at a time keeps the objectives: no width is too small then."""

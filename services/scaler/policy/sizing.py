@@ -9,7 +9,7 @@ import msgspec
 
 from elasticmoe.services.scaler.policy.demand import Demand
 from elasticmoe.services.scaler.policy.figures import Unknown
-from elasticmoe.services.scaler.policy.saturation import Saturation, predicted, reached
+from elasticmoe.services.scaler.policy.saturation import Saturation, predicted, reached, work_rate
 from elasticmoe.services.scaler.policy.state import Evidence, PolicyState
 from elasticmoe.services.scaler.policy.turn import Turn
 
@@ -57,8 +57,10 @@ def _best(turn: Turn, demand: Demand) -> int:
     does; one more, where what is measured is worse than the model says."""
     largest = turn.most
     limits = reached(turn.widths(largest), demand, turn.config)
-    if limits is None:
-        return largest  # more work than all can do: the more of them, the more of it is done
+    if limits is None:  # more work than all can do: the more of them, the more of it is done, but for shared cores
+        now, most = (work_rate(turn.widths(width), demand) for width in (turn.width, largest))
+        has_memory = has_room(turn, turn.width) and (turn.raw.kv or 0.0) < 1.0
+        return turn.width if has_memory and now >= NO_BETTER * most else largest
 
     def is_as_good(width: int) -> bool:
         found = reached(turn.widths(width), demand, turn.config)

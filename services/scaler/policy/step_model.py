@@ -37,6 +37,10 @@ class StepModel(msgspec.Struct, frozen=True):
         """What such a step takes."""
         return self.a + self.b * prefill_tokens + self.c * kv_tokens + self.d * sequences
 
+    def slowed(self, factor: float) -> StepModel:
+        """Of one that has so many times less to compute with."""
+        return StepModel(self.a * factor, self.b * factor, self.c * factor, self.d * factor)
+
 
 class Samples:
     """Steps of one width, at most SAMPLES of them. Not thread-safe."""

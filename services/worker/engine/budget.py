@@ -10,6 +10,9 @@ One prompt alone never gains by being cut.
 A running stream gets one token a step, so what prompts add to a step is what it waits longer. What steps take is
 learned, and may be wrong: beside streams no step is more than twice as large as one that is known. Nor does any step
 take so long that its rank, which tells nothing meanwhile, is taken for lost.
+
+Steps that others wait for take no prompts (ADR 14). Behind them all replicas have prompts at once, and each takes its
+part of what one alone would take, for a while.
 """
 
 from __future__ import annotations
@@ -29,10 +32,12 @@ SHARE_OF_HIGHER: Final = 1 / 16  # where it took more: it may have waited for so
 
 
 class StepBudget:
-    """Owned by the scheduler; a function of what it was told. `tokens_max`: of any step."""
+    """Owned by the scheduler; a function of what it was told. `tokens_max`: of any step. `is_catching_up`: whether all
+    replicas have prompts that were put off."""
 
     def __init__(self, tokens_max: int) -> None:
         self._limit = tokens_max
+        self.is_catching_up = False
         self.begin(1)
 
     def begin(self, num_replicas: int) -> None:
@@ -48,8 +53,8 @@ class StepBudget:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether all steps have the same."""
-        return self._limit <= LEAST_TOKENS
+        """Whether each step has the same."""
+        return self._limit <= LEAST_TOKENS and not self.is_catching_up
 
     def note(self, num_prompt: int, num_tokens: int, total_tokens: int, seconds: float) -> None:
         """A step took `seconds`, with `total_tokens` of all replicas, of these `num_tokens` of this one, of these
@@ -90,6 +95,8 @@ class StepBudget:
         if num_decoding or self._are_others:
             wanted = min(wanted, min(bearable, 2.0 * self._largest) / replicas)
         of_prompts = min(self._prompt_max, ceil(max(wanted, LEAST_TOKENS)))
+        if self.is_catching_up:
+            of_prompts = min(of_prompts, max(1, min(self._limit, LEAST_TOKENS) // self._num_replicas))
         return min(self._limit, of_prompts + num_decoding)
 
 

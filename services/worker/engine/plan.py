@@ -21,8 +21,8 @@ class Chunk(NamedTuple):
 class StepPlan(NamedTuple):
     """One step. `admitted` run from now on, each in a row of its own; `freed_rows` belonged to sequences that lost
     their blocks and wait again. Admissions and preemptions stand even if the step is given up. `is_decode_only`:
-    prompts were left out. `is_alone`: of one suspect, to be computed only if no rank brings anything else; without any
-    chunks where it is another rank's.
+    prompts were left out; `is_cut`: they have less than a step may have. `is_alone`: of one suspect, to be computed
+    only if no rank brings anything else; without any chunks where it is another rank's.
     `leaves_suspects`: some were left out, so that the step must be computed even if nobody has work for it. `moves`: of
     KV blocks, likewise; only where a replica has several ranks. `batch`: what is computed, where other ranks have been
     told of it."""
@@ -33,6 +33,7 @@ class StepPlan(NamedTuple):
     is_decode_only: bool = False
     is_alone: bool = False
     leaves_suspects: bool = False
+    is_cut: bool = False
     moves: Moves = ()
     batch: Batch | None = None
 
@@ -49,7 +50,7 @@ class StepPlan(NamedTuple):
     @property
     def is_whole(self) -> bool:
         """Whether nothing was left out that could have been computed."""
-        return not (self.is_decode_only or self.is_alone or self.leaves_suspects)
+        return not (self.is_decode_only or self.is_cut or self.is_alone or self.leaves_suspects)
 
     @property
     def num_said(self) -> int:
@@ -82,7 +83,12 @@ class Draft:
         self.chunks.append(Chunk(sequence, sequence.kv_len, count, end == len(sequence.tokens)))
 
     def finish(
-        self, *, is_decode_only: bool = False, is_alone: bool = False, leaves_suspects: bool = False
+        self,
+        *,
+        is_decode_only: bool = False,
+        is_alone: bool = False,
+        leaves_suspects: bool = False,
+        is_cut: bool = False,
     ) -> StepPlan:
         """The plan."""
-        return StepPlan(self.chunks, self.admitted, self.freed_rows, is_decode_only, is_alone, leaves_suspects)
+        return StepPlan(self.chunks, self.admitted, self.freed_rows, is_decode_only, is_alone, leaves_suspects, is_cut)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.exchange.base import Exchange
-from elasticmoe.services.worker.exchange.groups import BY_DEVICE, Groups
+from elasticmoe.services.worker.exchange.groups import Groups
 from elasticmoe.services.worker.exchange.mailbox import MailboxExchange
 from elasticmoe.services.worker.exchange.shm import ShmExchange
 from elasticmoe.services.worker.exchange.torch_dist import TorchDistExchange
@@ -21,6 +21,6 @@ def open_exchange(memory: RankMemory, backend: ComputeBackend, rendezvous: Path)
     if memory.exchange == "mailbox":
         return MailboxExchange(bus, num_experts, backend, memory.mailboxes, replica, memory.device.queue_copy)
     if memory.exchange == "torch_dist":
-        groups = Groups(rendezvous, memory.memory_id, bus.slot, BY_DEVICE[backend.device.type])
+        groups = Groups(rendezvous, memory.memory_id, bus.slot, backend.device)
         return TorchDistExchange(bus, num_experts, backend, groups, replica)
     return ShmExchange(bus, num_experts, backend, replica)

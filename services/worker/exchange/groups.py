@@ -27,6 +27,7 @@ log = get_logger("exchange")
 
 MEET_S: Final = 60.0  # the longest that making a group waits for its members
 MAKE_S: Final = 10.0  # the longest that torch may take for it once they are there
+CONNECT_S: Final = 60.0  # the longest that a first collective may take, where members connect by it
 COLLECT_S: Final = 3_600.0  # for collectives that `abort` ends: longer than any step
 LEAST_S: Final = 0.001  # of a collective's own deadline: torch takes 0 for none
 CLOSE_S: Final = 20.0  # the longest that a rank's end waits for groups to end
@@ -53,17 +54,39 @@ class TorchGroup(Protocol):
 
 
 class Group:
-    """The members of a generation, connected: one collective at a time. `ends_by_itself`: a collective of it does not
-    end by `abort`, but by its own deadline or when a peer closes its connections.
+    """The members of a generation: one collective at a time. `ends_by_itself`: a collective of it does not end by
+    `abort`, but by its own deadline or when a peer closes its connections. `connects_on`: the device of a group whose
+    members are not connected before their first collective (`connect`); None: these are.
 
     The group of torch's, and what is under way in it, are held here alone: whoever lets go of them last waits for
     torch's threads, which may wait for peers. So a traceback that keeps a step's frames must not hold them.
     """
 
-    def __init__(self, group: TorchGroup, ends_by_itself: bool) -> None:
+    def __init__(self, group: TorchGroup, ends_by_itself: bool, connects_on: torch.device | None = None) -> None:
         self._group: TorchGroup | None = group
         self._ends_by_itself = ends_by_itself
+        self._connects_on = connects_on
         self._work: dist.Work | None = None
+
+    def connect(self, num_members: int, is_wanted: Callable[[], bool]) -> None:
+        """Connect the members, which all call this before anything else, by a collective of one element for each.
+        Blocks for the others. Raises TimeoutError after CONNECT_S, or when the group is not wanted any more, and what
+        torch raises: the group is given up then."""
+        if self._connects_on is None or num_members == 1:
+            return
+        try:
+            torch.accelerator.set_device_index(self._connects_on)  # a thread's own: else torch uses the first one too
+            sizes, sent = [1] * num_members, torch.zeros(num_members, device=self._connects_on)
+            came, deadline = torch.empty_like(sent), time.monotonic() + CONNECT_S
+            self.start(came, sent, sizes, sizes, CONNECT_S)
+            while not self.is_done():
+                if not is_wanted() or time.monotonic() > deadline:
+                    raise TimeoutError(f"{num_members} members have not connected in {CONNECT_S:g} s")
+                time.sleep(LOOK_S)
+            self.finish()
+        except BaseException:
+            self.abort()
+            raise
 
     def start(
         self, came: torch.Tensor, sent: torch.Tensor, came_sizes: list[int], sent_sizes: list[int], within_s: float
@@ -94,10 +117,12 @@ class Group:
                 group.abort()
 
 
-MakeGroup = Callable[[Store, int, int], Group]
+MakeGroup = Callable[[torch.device, Store, int, int], Group]
+"""Of the tensors' device, the members' store, the own rank, and how many there are."""
 
 
-def _gloo(store: Store, rank: int, size: int) -> Group:
+def _gloo(device: torch.device, store: Store, rank: int, size: int) -> Group:
+    del device  # CPUs have one; members are connected when this returns
     kind: Any = dist.ProcessGroupGloo  # torch's stubs know little of groups
     options = kind._Options()
     options._devices = [kind.create_device(hostname=LOOPBACK)]
@@ -106,18 +131,18 @@ def _gloo(store: Store, rank: int, size: int) -> Group:
     return Group(kind(store, rank, size, options), ends_by_itself=True)  # gloo's abort does nothing
 
 
-def _nccl(store: Store, rank: int, size: int) -> Group:
+def _nccl(device: torch.device, store: Store, rank: int, size: int) -> Group:
     kind: Any = dist.ProcessGroupNCCL
     options = kind.Options()
     options._timeout = timedelta(seconds=MAKE_S)
-    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False)
+    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False, connects_on=device)
 
 
-def _hccl(store: Store, rank: int, size: int) -> Group:
+def _hccl(device: torch.device, store: Store, rank: int, size: int) -> Group:
     kind: Any = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL  # there where its device is
     options = kind.Options()
     options.op_timeout = timedelta(seconds=MAKE_S)
-    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False)
+    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False, connects_on=device)
 
 
 def _patient(group: Any) -> TorchGroup:
@@ -128,7 +153,7 @@ def _patient(group: Any) -> TorchGroup:
 
 
 BY_DEVICE: Final[dict[str, MakeGroup]] = {"cpu": _gloo, "cuda": _nccl, "npu": _hccl}
-"""How groups are made for tensors of torch's types of devices."""
+"""By torch's types of devices."""
 
 
 class _Making:
@@ -164,10 +189,11 @@ class _Making:
 
 class Groups:
     """One rank's. For one thread. `path`: of a file that all ranks of the host share and nobody else writes, made where
-    it is missing; `name`: tells generations of one memory from those of another in it; `make`: see BY_DEVICE."""
+    it is missing; `name`: tells generations of one memory from those of another in it; `device`: of the tensors."""
 
-    def __init__(self, path: Path, name: str, slot: int, make: MakeGroup) -> None:
-        self._path, self._name, self._slot, self._make = path, name, slot, make
+    def __init__(self, path: Path, name: str, slot: int, device: torch.device) -> None:
+        self._path, self._name, self._slot = path, name, slot
+        self._make = partial(BY_DEVICE[device.type], device)
         self._made: dict[int, _Making] = {}
         self._ending: list[_Making] = []
 
@@ -181,7 +207,7 @@ class Groups:
         return making.group is not None
 
     def _meet(self, generation: int, members: Sequence[int], is_wanted: Callable[[], bool]) -> Group:
-        """Wait for all members, and make the group with them. Raises TimeoutError, and what torch raises."""
+        """Wait for all members, and make the group with them, connected. Raises TimeoutError, and what torch raises."""
         store = PrefixStore(f"{self._name}/{generation}", FileStore(str(self._path), -1))
         store.set_timeout(timedelta(seconds=MAKE_S))
         store.set(f"here/{self._slot}", "")
@@ -190,7 +216,9 @@ class Groups:
             if not is_wanted() or time.monotonic() > deadline:
                 raise TimeoutError(f"the members of generation {generation} have not come in {MEET_S:g} s")
             time.sleep(LOOK_S)
-        return self._make(store, list(members).index(self._slot), len(members))
+        group = self._make(store, list(members).index(self._slot), len(members))
+        group.connect(len(members), is_wanted)
+        return group
 
     def get(self, generation: int) -> Group | None:
         """The group, once it is made. Raises what making it raised."""

@@ -36,6 +36,7 @@ FIRST_STEPS = 3  # urgent after ranks came in: the ranks that bring them work ne
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
 HAND_OVER_STEPS = 2  # urgent: the one in which a sequence travels, and the one in which its next rank computes it
 HAND_OVERS_MAX = 8  # steps in a row that make others urgent so; then one takes prompts
+PUT_OFF_MAX = 8  # urgent steps whose prompts are caught up with, as many steps long
 # What a rank says at a meeting: how many tokens it brings, and
 ALONE = 1 << 31  # only if nobody else brings any
 HANDING = 1 << 30  # after this step it hands sequences over
@@ -75,6 +76,8 @@ class Lockstep:
         self._clock = clock
         self.generation = 0
         self._num_urgent = 0  # of the next steps
+        self._is_short = False  # the step that was planned last, for it was urgent
+        self._num_put_off = 0  # steps without prompts that have not been caught up with
         self._num_handing = 0  # steps that were followed by hand-overs, since the last one that was not urgent
         self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
@@ -132,6 +135,12 @@ class Lockstep:
         ranks that are about to flip, or what `hurry` was called for. The rank meets the others for it anyway."""
         return (self.is_awake and self._num_urgent > 0) or (self._num_staged < STAGED_STEPS_MAX and self._staged() != 0)
 
+    @property
+    def is_catching_up(self) -> bool:
+        """Whether prompts have waited for urgent steps, with all replicas: they come a few at a time then, for all at
+        once would make one step as long as the pauses that were avoided."""
+        return self._num_put_off > 0 and not self.is_urgent
+
     def hurry(self, num_steps: int) -> None:
         """Let at least so many of the next steps be urgent, until no rank has work."""
         if self.is_awake:
@@ -155,6 +164,7 @@ class Lockstep:
         """
         flags = self._flags
         if flags is None:
+            self._is_short = self.is_urgent
             flags, self._deadline = self._staged(), self._clock.monotonic() + STEP_MS_MAX / 1e3
             self._num_staged += flags != 0
             wait_ms = MEET_MS if self.is_awake else 0.0
@@ -186,8 +196,9 @@ class Lockstep:
         self._is_everybodys, self.has_turn = alone is None, alone is None or alone[0] == self._leader
         total = sum(words & TOKENS for _, words, _ in said) if alone is None else alone[1]
         self.is_awake, self._total = total > 0, total
+        self._num_put_off = min(PUT_OFF_MAX, self._num_put_off + 1) if self._is_short else max(0, self._num_put_off - 1)
         if not total:
-            self._num_urgent = 0
+            self._num_urgent = self._num_put_off = 0
         if self._num_handing < HAND_OVERS_MAX and any(words & HANDING for _, words, _ in said):
             self._num_handing += 1
             self.hurry(HAND_OVER_STEPS)

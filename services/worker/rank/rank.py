@@ -142,6 +142,7 @@ class Rank(SeatLoop):
         if self._engine.scheduler.unready:
             self._prepare_grammars(now)
         if lockstep.is_member:
+            self._engine.scheduler.budget.is_catching_up = lockstep.is_catching_up
             plan = self._steps.plan(decode_only=lockstep.is_urgent, num_clean=lockstep.num_clean)
             if plan.admitted:
                 self._times.admitted(plan.admitted, now)
@@ -175,8 +176,9 @@ class Rank(SeatLoop):
         self._plan = None
         self._shares.meet()
         if total:
-            self._steps.run(plan, total, STEP_MS_MAX)
-            self._windows.step(plan, self._shares.end(self._engine.cost))
+            computed = self._steps.run(plan, total, STEP_MS_MAX)
+            if computed is not None:
+                self._windows.step(computed, self._shares.end(self._engine.cost))
         self._windows.turn(now, self._lockstep.epoch)
         self._send_status(now)
 

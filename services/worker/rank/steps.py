@@ -81,9 +81,10 @@ class Steps:
             self._live_on(plan, plan.num_tokens, error, is_awaited=False)
             return None
 
-    def run(self, plan: StepPlan, total_tokens: int, deadline_ms: float) -> None:
-        """Compute, commit and tell. `total_tokens`: of all ranks together. Raises StepTimedOut, and what went wrong
-        where this process cannot go on."""
+    def run(self, plan: StepPlan, total_tokens: int, deadline_ms: float) -> StepPlan | None:
+        """Compute, commit and tell. `total_tokens`: of all ranks together. What was computed: `plan`, or nothing of it
+        where it is another rank's turn; None where the step failed or was given up. Raises StepTimedOut, and what went
+        wrong where this process cannot go on."""
         if not self._lockstep.has_turn:
             plan = StepPlan([], [], [], is_alone=True)
         self._engine.trials.begin(plan)
@@ -98,10 +99,10 @@ class Steps:
                 self._discard(plan, total_tokens, short)
             else:
                 self._fail(plan, is_aborted=True)
-            return
+            return None
         except Exception as error:
             self._live_on(plan, total_tokens, error, is_awaited=self._exchange.is_awaited)
-            return
+            return None
         self._num_failed = 0
         # A step that left something out says nothing of one that was given up: it would be tried again for ever.
         if plan.is_whole:
@@ -109,6 +110,7 @@ class Steps:
         self._tell(self._engine.commit(plan, choices))
         self._engine.trials.end(plan)
         self._lockstep.note_done()
+        return plan
 
     def end_unmet(self, plan: StepPlan) -> None:
         """The generation has ended before this rank saw that all had come to the step. Another one may have seen it,

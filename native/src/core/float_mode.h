@@ -1,0 +1,31 @@
+// How a thread rounds, and whether it takes the smallest numbers for zero: a thread starts with its maker's mode, and a
+// library may change that of the thread that loads it. Numbers that several threads compute must not tell who did.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
+
+namespace elasticmoe {
+
+#if defined(__SSE__)
+inline constexpr uint32_t kFloatExceptions = 0x3f;  // what has happened, which is no mode
+
+inline uint32_t float_mode() {
+  return _mm_getcsr() & ~kFloatExceptions;
+}
+
+inline void set_float_mode(uint32_t mode) {
+  _mm_setcsr(mode);
+}
+#else
+inline uint32_t float_mode() {
+  return 0;
+}
+
+inline void set_float_mode(uint32_t) {}
+#endif
+
+}  // namespace elasticmoe
