@@ -224,6 +224,18 @@ class Played:
         self.steps = Steps(engine, exchange, lockstep, hmm, nothing)
 
 
+def test_a_generation_that_ends_while_nobody_lacks_memory_says_nothing_of_any() -> None:
+    """As where a layout has changed: a rank that leaves the last meeting late brings a plan of nothing."""
+    played = Played(9, 16)
+    lockstep: Any = played.steps._lockstep
+    lockstep.note_done()
+    played.steps.end_unmet(StepPlan([], [], []))
+    assert (lockstep.num_aborts, lockstep.num_clean) == (1, 1)
+    lockstep.short = {1: 12}
+    played.steps.end_unmet(StepPlan([], [], []))
+    assert (lockstep.num_aborts, lockstep.num_clean) == (2, 0)
+
+
 def test_a_step_without_prompts_in_between_does_not_save_one_that_finds_no_room() -> None:
     played = Played(9, 16)
     steps, failed = played.steps, played.failed

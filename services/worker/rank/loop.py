@@ -132,7 +132,7 @@ class SeatLoop(ABC):
     def _sync(self) -> bool:
         """Follow to the present generation (see Lockstep.sync), with this rank's part of the machine's cores."""
         is_new = self._lockstep.sync()
-        if is_new:
+        if is_new and self._lockstep.is_member:
             self._use_cores(self._lockstep.members.bit_count())
         return is_new
 

@@ -117,7 +117,7 @@ class Steps:
         begun the step and found no memory for it, all before this one woke up: then that counts as in the step."""
         short = self._lockstep.shortages()
         total = max(short.values(), default=0)
-        if plan.num_said <= total:
+        if short and plan.num_said <= total:
             self._discard(plan, total, short)
         else:  # or it was a step without this plan: of another's suspect alone
             self._lockstep.abort()
