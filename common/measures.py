@@ -14,22 +14,34 @@ from prometheus_client.core import GaugeMetricFamily
 # Labels that a scrape gives to all that a deployment, or one of its listeners, tells: all have them, or none has.
 OF_DEPLOYMENT = "namespace, deployment"
 OF_LISTENER = f"{OF_DEPLOYMENT}, instance"
+# The HTTP statuses of refusals that alerts are about. Counters have them from the start.
+REFUSALS = ("401", "403", "429", "503")
+
+
+class Alert(NamedTuple):
+    """What deserves attention: that the PromQL `condition` has held for `held` (a PromQL duration; empty: at once).
+    `why`: what that says, and what to do. `severity`: `critical` where clients are not served, or lose what they were
+    promised, until somebody acts. `name`: the end of the alert's name, where a metric has several. A condition that
+    adds up or compares does so within a deployment, `OF_DEPLOYMENT`, or its one listener, `OF_LISTENER`; of a metric
+    that both listeners tell it takes the one's that it is about."""
+
+    condition: str
+    why: str
+    severity: Literal["warning", "critical"] = "warning"
+    held: str = ""
+    name: str = ""
 
 
 class Measure(NamedTuple):
-    """One metric. `name` without the endings that Prometheus' text adds. `source`: whose state it is. `alert`: a PromQL
-    condition that deserves attention once it has held for `held` (a PromQL duration; empty: at once), empty for what
-    belongs on a dashboard; `why`: what that says, and what to do. An alert that adds up or compares does so within a
-    deployment: `OF_DEPLOYMENT`, or its one listener: `OF_LISTENER`."""
+    """One metric. `name` without the endings that Prometheus' text adds. `alerts`: none for what belongs on a
+    dashboard. `source`: whose state it is."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: tuple[str, ...] = ()
-    alert: str = ""
-    why: str = ""
+    alerts: tuple[Alert, ...] = ()
     source: Literal["router", "scaler", "ranks"] = "router"
-    held: str = ""
 
     @property
     def exposed(self) -> str:

@@ -59,6 +59,11 @@ def _rate(measure: Measure, by: str = "", **labels: str) -> str:
     return f"sum{grouping} (rate({_of(measure, **labels)}[$__rate_interval]))"
 
 
+def _happened(expr: str) -> str:
+    """Without what has not happened: there is a series for whatever could."""
+    return f"{expr} > 0"
+
+
 def _quantiles(measure: Measure) -> tuple[Query, ...]:
     chosen = f'{measure.exposed}_bucket{{instance=~"$instance"}}'
     return tuple(
@@ -105,8 +110,8 @@ SERVING = Board(
             "reqps",
             (
                 Query(_rate(router.SUCCESS, "finished_reason"), "{{finished_reason}}"),
-                Query(_rate(router.FAILED, "code"), "failed: {{code}}"),
-                Query(_rate(router.REFUSED, "status"), "refused: {{status}}"),
+                Query(_happened(_rate(router.FAILED, "code")), "failed: {{code}}"),
+                Query(_rate(router.REFUSED, "status", model_name=".+"), "refused: {{status}}"),
             ),
         ),
         Panel("From acceptance to the end", router.E2E.text, "s", _quantiles(router.E2E)),
@@ -167,7 +172,7 @@ SCALING = Board(
             "short",
             (
                 Query(
-                    f"sum by (kind, outcome) (increase({_of(scaler.OPERATIONS)}[5m]))",
+                    _happened(f"sum by (kind, outcome) (increase({_of(scaler.OPERATIONS)}[5m]))"),
                     "{{kind}}: {{outcome}}",
                 ),
             ),
@@ -196,7 +201,7 @@ SCALING = Board(
             "Decisions",
             "In the last five minutes, by reason",
             "short",
-            (Query(f"sum by (reason) (increase({_of(scaler.DECISIONS)}[5m]))", "{{reason}}"),),
+            (Query(_happened(f"sum by (reason) (increase({_of(scaler.DECISIONS)}[5m]))"), "{{reason}}"),),
         ),
         Panel(
             "State",
@@ -207,6 +212,7 @@ SCALING = Board(
                 Query(_of(scaler.SERVING), "serving"),
                 Query(_of(scaler.BUSY), "an operation"),
                 Query(_of(scaler.STANDBY), "standbys"),
+                Query(_of(scaler.STANDBY_WANTED), "standbys wanted"),
                 Query(_of(scaler.BLIND), "silent"),
             ),
         ),

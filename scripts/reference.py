@@ -1,5 +1,5 @@
-"""docs/reference, and files of deploy: alerts, boards, the chart's schema. All are made from the code; `make docs`
-writes them, and unit tests compare them.
+"""docs/reference, and files of deploy: alerts, boards, the chart's alerts and schema. All are made from the code;
+`make docs` writes them, and unit tests compare them.
 
 Each text stands beside what it describes: settings in common/settings.py, metrics in the `measures.py` of router and
 scaler, errors in common/error_codes, events in services/scaler/api/events.py, flags where the parsers are made.
@@ -20,7 +20,7 @@ from msgspec import inspect
 from elasticmoe.cli import main as command_line
 from elasticmoe.common import config
 from elasticmoe.common.error_codes import GROUPS, Code
-from elasticmoe.common.measures import Measure
+from elasticmoe.common.measures import Alert, Measure
 from elasticmoe.common.store import Event
 from elasticmoe.services.router import measures as router_measures
 from elasticmoe.services.scaler import measures as scaler_measures
@@ -30,14 +30,15 @@ from scripts import boards, chart
 
 _ROOT = Path(__file__).resolve().parent.parent
 FOLDER = _ROOT / "docs" / "reference"
-RULES = _ROOT / "deploy" / "prometheus" / "alerts.json"
+# The rules, for a Prometheus that reads files, and in the chart, whose templates can read no file outside it.
+RULES = (_ROOT / "deploy" / "prometheus" / "alerts.json", chart.CHART / "files" / "alerts.json")
 # The alert that no metric of ours has: of a listener that tells none. All others are silent then.
-TARGET_DOWN = (
+TARGET_DOWN = Alert(
     'up{job=~".*elasticmoe.*"} == 0',
-    "1m",
-    "A listener cannot be scraped",
     "The router or the scaler of a deployment does not answer: `elasticmoe status` there says which. Other alerts say "
     "nothing of it meanwhile.",
+    "critical",
+    held="1m",
 )
 _MADE = "<!-- Made by `make docs` from the code: do not edit. -->"
 # The processes by the settings that they read.
@@ -64,7 +65,9 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
-    RULES.write_text(rules(), encoding="utf-8")
+    for path in RULES:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(rules(), encoding="utf-8")
     boards.write()
     chart.write()
 
@@ -223,40 +226,47 @@ elasticmoe down
 
 Prometheus text from two listeners: the router's asks for no key, the scaler's for the admin token. Names with `vllm:`
 are vLLM's, with its meaning, so that its dashboards work. A histogram is scraped as `_bucket`, `_sum` and `_count`.
-Alerts are suggestions in PromQL: their figures are for you to change. What has none belongs on a dashboard. Give what
+Alerts are suggestions in PromQL: their figures are for you to change. What has none belongs on a dashboard. What
+`warning` and `critical` ask of you: [observability.md](../observability.md#alerts). Give what
 you scrape a label `deployment` where Prometheus sees several (`deploy/prometheus/prometheus.yml` does): alerts add up
 and compare within one.
-`deploy/prometheus/` has them as a file of rules, and a configuration that scrapes both listeners and reads it.
+`deploy/prometheus/` has them as a file of rules, and a configuration that scrapes both listeners and reads it; the
+[chart](../../deploy/helm/README.md) as a PrometheusRule.
 
 {chr(10).join(sections)}"""
 
 
 def _measure(measure: Measure) -> tuple[str, ...]:
-    held = f" for {measure.held}" if measure.held else ""
-    alert = f"`{measure.alert}`{held}: {_linked(measure.why)}" if measure.alert else ""
     labels = ", ".join(f"`{label}`" for label in measure.labels)
-    return f"`{measure.exposed}`", measure.kind, labels, measure.text, alert
+    alerts = " ".join(map(_alert, measure.alerts))
+    return f"`{measure.exposed}`", measure.kind, labels, measure.text, alerts
+
+
+def _alert(alert: Alert) -> str:
+    held = f" for {alert.held}" if alert.held else ""
+    return f"`{alert.condition}`{held} ({alert.severity}): {_linked(alert.why)}"
 
 
 def rules() -> str:
     """The alerts that metrics suggest, as a file of rules: JSON, which Prometheus reads as the YAML that it is."""
     alerts = [
-        _rule(_alert_name(measure), measure.alert, measure.held, measure.text, measure.why)
+        _rule(_alert_name(measure, alert), alert, measure.text)
         for measure in (*router_measures.MEASURES, *scaler_measures.MEASURES)
-        if measure.alert
+        for alert in measure.alerts
     ]
-    alerts.append(_rule("ElasticMoETargetDown", *TARGET_DOWN))
+    alerts.append(_rule("ElasticMoETargetDown", TARGET_DOWN, "A listener cannot be scraped"))
     return json.dumps({"groups": [{"name": "elasticmoe", "rules": alerts}]}, indent=2) + "\n"
 
 
-def _rule(name: str, expr: str, held: str, summary: str, description: str) -> dict[str, Any]:
-    annotations = {"summary": summary, "description": description}
-    return {"alert": name, "expr": expr} | ({"for": held} if held else {}) | {"annotations": annotations}
+def _rule(name: str, alert: Alert, summary: str) -> dict[str, Any]:
+    rule = {"alert": name, "expr": alert.condition} | ({"for": alert.held} if alert.held else {})
+    annotations = {"summary": summary, "description": alert.why}
+    return rule | {"labels": {"severity": alert.severity}, "annotations": annotations}
 
 
-def _alert_name(measure: Measure) -> str:
+def _alert_name(measure: Measure, alert: Alert) -> str:
     words = [measure.source, *measure.name.partition(":")[2].split("_")]
-    return "ElasticMoE" + "".join(word.capitalize() for word in words)
+    return "ElasticMoE" + "".join(word.capitalize() for word in words) + alert.name
 
 
 # ---- events ----------------------------------------------------------------------------------------------------------

@@ -14,19 +14,27 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from elasticmoe.common.error_codes.clients import CLIENTS
+from elasticmoe.common.error_codes.internal import INTERNAL
 from elasticmoe.common.layout import Layout, RankId
-from elasticmoe.common.measures import Measure
+from elasticmoe.common.measures import REFUSALS, Measure
 from elasticmoe.services.router import measures
 from elasticmoe.services.router.dispatch.links import RankLink
-from elasticmoe.services.router.dispatch.streams import Stream
+from elasticmoe.services.router.dispatch.streams import FINISH_REASONS, Stream
 
 _FAST_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _SLOW_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
+# What an accepted request may end with: what clients are told, what ranks tell, and any other code of a rank.
+_OTHER = "other"
+_CODES = frozenset({*CLIENTS, *INTERNAL, "not_ready", "cancelled", _OTHER})
 
 
 class Metrics:
-    """Counters and histograms of one router, in a registry of their own."""
+    """Counters and histograms of one router, in a registry of their own.
+
+    What alerts are about is there from the start, at 0: to Prometheus a series that begins at 1 has not grown.
+    """
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
@@ -39,10 +47,14 @@ class Metrics:
         self._prompt_size = self._histogram(measures.PROMPT_SIZE, _TOKENS)
         self._output_size = self._histogram(measures.OUTPUT_SIZE, _TOKENS)
         self._success = measures.SUCCESS.counter(self.registry)
-        for reason in ("stop", "length"):
-            self._success.labels(model_name, reason)
         self._failed = measures.FAILED.counter(self.registry)
         self._refused = measures.REFUSED.counter(self.registry)
+        for reason in FINISH_REASONS:
+            self._success.labels(model_name, reason)
+        for code in sorted(_CODES):
+            self._failed.labels(model_name, code)
+        for status in REFUSALS:
+            self._refused.labels(model_name, status)
         self.resubmitted = self._counter(measures.RESUBMITTED)
         self.moved = self._counter(measures.MOVED)
         self.recomputed = self._counter(measures.RECOMPUTED)
@@ -90,7 +102,7 @@ class Metrics:
 
 def _known(code: str) -> str:
     """A code as a label: ranks choose codes, and a label must not grow without bound."""
-    return code if len(code) <= 40 and code.replace("_", "").isalnum() else "other"
+    return code if code in _CODES else _OTHER
 
 
 class _RankCollector(Collector):

@@ -67,8 +67,9 @@ def test_compose_repeats_no_default_that_differs() -> None:
         assert setting in DEFAULTS, f"compose.yaml sets {name}, which no process knows"
         stated = re.sub(r"\$\{[A-Z_]+:?-([^}]*)\}", r"\1", value)
         assert not stated or stated == SET_IN_CONTAINERS.get(setting), (name, value)
-    # The ports inside the containers are the product's, and Grafana's.
-    assert re.findall(r":-\d+\}:(\d+)\"", text) == [str(DEFAULTS["admin_port"]), str(DEFAULTS["port"]), "3000"]
+    # The ports inside the containers are the product's, Jaeger's and Grafana's.
+    ports = [str(DEFAULTS["admin_port"]), str(DEFAULTS["port"]), "16686", "3000"]
+    assert re.findall(r":-\d+\}:(\d+)\"", text) == ports
 
 
 def test_tables_of_settings_tell_the_defaults() -> None:

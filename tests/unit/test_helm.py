@@ -1,22 +1,27 @@
-"""deploy/helm: Helm's own engine lints and renders the chart, Kubernetes' schemas are asked, and the pod has what
-compose.yaml gives each container. None of it has run on a cluster."""
+"""deploy/helm: Helm's own engine lints and renders the chart, Kubernetes' schemas are asked, and ours for what is the
+Prometheus operator's, and the pod has what compose.yaml gives each container. None of it has run on a cluster."""
 
 from __future__ import annotations
 
+import copy
+import json
 import re
+import shutil
 import stat
 import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from elasticmoe.cli import container
 from elasticmoe.common.http.keys import read_key
 from elasticmoe.common.private import read_secret
-from scripts import chart
+from scripts import chart, reference
+from tests.unit.operator_schemas import SCHEMAS
 from tests.unit.test_compose import MOUNTS, SERVICES
 
 helm = pytest.importorskip("helm_python", reason="Helm's engine has no wheel for this machine")
@@ -30,6 +35,7 @@ FULL: dict[str, Any] = MODEL | {
     "allowedHosts": ["llm.example.com"],
     "adminService": {"enabled": True},
     "serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "prometheusRule": {"enabled": True, "labels": {"release": "prometheus"}},
     "networkPolicy": {"adminFrom": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}]},
     "resourceClaims": [{"name": "gpus", "resourceClaimTemplateName": "two-gpus"}],
     "persistence": {"enabled": False},
@@ -50,12 +56,13 @@ def loaded() -> Any:
     return helm.Chart.load(chart.CHART)
 
 
-def rendered(values: dict[str, Any], name: str = "demo") -> list[dict[str, Any]]:
-    """Every resource. Raises HelmError."""
-    loaded().validate_schema(values)
-    files = loaded().render(values, name=name, namespace="serving")
+def rendered(values: dict[str, Any], name: str = "demo", of: Any = None) -> list[dict[str, Any]]:
+    """Every resource of our chart, or of another one. Raises HelmError."""
+    found = of or loaded()
+    found.validate_schema(values)
+    files = found.render(values, name=name, namespace="serving")
     documents = [yaml.safe_load_all(text) for path, text in files.items() if not path.endswith("NOTES.txt")]
-    return [one for found in documents for one in found if one]
+    return [one for parts in documents for one in parts if one]
 
 
 def of_kind(kind: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -82,15 +89,88 @@ def test_the_chart_passes_helms_linter() -> None:
 def test_kubernetes_takes_what_it_makes(values: dict[str, Any], version: str) -> None:
     resources = rendered(values)
     for one in resources:
-        if one["apiVersion"] == "monitoring.coreos.com/v1":
-            continue  # of Prometheus' operator
+        if one["kind"] in SCHEMAS:
+            jsonschema.validate(one, SCHEMAS[one["kind"]])
+            continue
         if "claims" in str(one) and version == "1.30":
             continue  # dynamic resource allocation had another form then
         kubernetes_validate.validate(one, version, strict=True)
     kinds = {"StatefulSet", "Service", "PodDisruptionBudget", "NetworkPolicy"}
-    extra = {"ServiceMonitor"} if values is FULL else {"Secret"}
+    extra = set(SCHEMAS) if values is FULL else {"Secret"}
     assert {one["kind"] for one in resources} == kinds | extra
     assert len({(one["kind"], one["metadata"]["name"]) for one in resources}) == len(resources)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value"),
+    [
+        ("ServiceMonitor", ("spec", "endpoints", 0, "interval"), 5),
+        ("ServiceMonitor", ("spec", "endpoints", 0, "interval"), "5 seconds"),
+        ("ServiceMonitor", ("spec", "endpoints", 0, "targetLabel"), "deployment"),
+        ("ServiceMonitor", ("spec", "endpoints", 0, "relabelings", 0, "sourceLabels"), "__meta_kubernetes_pod_name"),
+        ("ServiceMonitor", ("spec", "endpoints", 1, "authorization", "credentials"), {"name": "mine"}),
+        ("ServiceMonitor", ("spec", "endpoints"), []),
+        ("ServiceMonitor", ("apiVersion",), "monitoring.coreos.com/v1alpha1"),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "for"), "a minute"),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "expr"), None),
+        ("PrometheusRule", ("spec", "groups", 0, "rules", 0, "labels"), {"severity": 1}),
+        ("PrometheusRule", ("metadata", "labels"), {"release": True}),
+        ("PrometheusRule", ("spec",), {}),
+    ],
+)
+def test_the_operators_schemas_refuse_what_the_operator_would(kind: str, path: tuple[Any, ...], value: Any) -> None:
+    made = copy.deepcopy(of_kind(kind, FULL))
+    place = made
+    for part in path[:-1]:
+        place = place[part]
+    place[path[-1]] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(made, SCHEMAS[kind])
+
+
+def test_prometheus_finds_the_ports_that_it_is_to_scrape() -> None:
+    monitor = of_kind("ServiceMonitor", FULL)["spec"]
+    wanted = monitor["selector"]["matchLabels"].items()
+    services = [
+        one for one in rendered(FULL) if one["kind"] == "Service" and wanted <= one["metadata"]["labels"].items()
+    ]
+    ports = [port["name"] for one in services for port in one["spec"]["ports"]]
+    assert sorted(one["port"] for one in monitor["endpoints"]) == sorted(ports) == ["admin", "http"]
+
+
+def test_the_alerts_are_those_of_the_code_and_are_left_out_unless_asked_for() -> None:
+    made = of_kind("PrometheusRule", FULL)
+    assert made["metadata"]["labels"]["release"] == "prometheus"
+    assert made["spec"] == json.loads(reference.rules())
+    assert "PrometheusRule" not in {one["kind"] for one in rendered(MODEL)}
+
+
+def test_braces_in_alerts_are_left_to_prometheus(tmp_path: Path) -> None:
+    shutil.copytree(chart.CHART, tmp_path / "elasticmoe")
+    path = tmp_path / "elasticmoe" / "files" / "alerts.json"
+    rules = json.loads(path.read_text())
+    rules["groups"][0]["rules"][0]["annotations"]["summary"] = said = (
+        '{{ $labels.code }}: {{ printf "%.1f" $value }} a second'
+    )
+    path.write_text(json.dumps(rules))
+    (made,) = [
+        one for one in rendered(FULL, of=helm.Chart.load(tmp_path / "elasticmoe")) if one["kind"] == "PrometheusRule"
+    ]
+    assert made["spec"]["groups"][0]["rules"][0]["annotations"]["summary"] == said
+    assert made["spec"] == rules
+
+
+def test_the_notes_name_the_web_page_with_the_token_of_the_secret() -> None:
+    for values, secret, key in ((MODEL, "demo-elasticmoe-admin", "admin-token"), (FULL, "mine", "token")):
+        (notes,) = [
+            text
+            for path, text in loaded().render(values, name="demo", namespace="serving").items()
+            if path.endswith("NOTES.txt")
+        ]
+        assert "http://127.0.0.1:8100/#token=$TOKEN" in notes
+        assert f"TOKEN=$(kubectl --namespace serving get secret {secret} " in notes
+        assert f"jsonpath='{{.data.{key}}}' | base64 --decode)" in notes
+        assert notes.index("TOKEN=$(") < notes.index("#token=$TOKEN")
 
 
 def test_the_schema_is_that_of_the_settings() -> None:

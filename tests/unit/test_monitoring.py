@@ -1,14 +1,18 @@
-"""The compose profile `monitoring`: what it mounts is there, it scrapes what prometheus.yml does, on loopback only."""
+"""The compose profile `monitoring`: what it mounts is there, it scrapes what prometheus.yml does, on loopback only, and
+traces find their way. Compose's own reading of the file is asked; no container is run."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import yaml
 
+from elasticmoe.common.config import RouterConfig
 from tests.composing import compose_command
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +37,18 @@ def test_prometheus_among_containers_scrapes_what_it_scrapes_elsewhere() -> None
     assert [set(services[host]["networks"]) <= set(services["prometheus"]["networks"]) for host in hosts] == [True] * 2
 
 
-def test_grafana_finds_its_source_and_its_boards() -> None:
-    (source,) = described(GRAFANA / "provisioning/datasources/prometheus.yml")["datasources"]
-    assert source["url"] == "http://prometheus:9090"
+def test_grafana_finds_its_sources_and_its_boards() -> None:
+    files = sorted((GRAFANA / "provisioning/datasources").iterdir())
+    sources = [one for path in files for one in described(path)["datasources"]]
+    assert {one["type"]: one["url"] for one in sources} == {
+        "jaeger": "http://jaeger:16686",
+        "prometheus": "http://prometheus:9090",
+    }
+    assert [one["type"] for one in sources if one.get("isDefault")] == ["prometheus"]
+    services = described(ROOT / "compose.yaml")["services"]
+    for one in sources:
+        assert set(services["grafana"]["networks"]) & set(services[one["type"]]["networks"])
+        assert not one["editable"]
     (provider,) = described(GRAFANA / "provisioning/dashboards/elasticmoe.yml")["providers"]
     mounted = {
         volume["target"]: volume["source"]
@@ -45,16 +58,36 @@ def test_grafana_finds_its_source_and_its_boards() -> None:
     assert len(list((GRAFANA / "boards").glob("*.json"))) == 3
 
 
-def test_compose_takes_the_profile() -> None:
-    settings = {"PATH": os.environ["PATH"], "ELASTICMOE_MODEL_DIR": "/models/some"}
+def services_of(**settings: str) -> dict[str, Any]:
+    """What compose makes of the profile with these in its environment."""
+    environment = {"PATH": os.environ["PATH"], "ELASTICMOE_MODEL_DIR": "/models/some", **settings}
     command = [*compose_command(), "--file", "compose.yaml", "--profile", "monitoring", "config"]
-    done = subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    services = yaml.safe_load(done.stdout)["services"]
-    for name in ("prometheus", "grafana"):
+    return dict(yaml.safe_load(done.stdout)["services"])
+
+
+def test_compose_takes_the_profile() -> None:
+    services = services_of()
+    for name in ("prometheus", "jaeger", "grafana"):
         assert (services[name]["read_only"], services[name]["cap_drop"]) == (True, ["ALL"])
+        assert services[name]["user"] == "10001:10001"
         for port in services[name].get("ports", []):
             assert (port["host_ip"] if isinstance(port, dict) else port.split(":")[0]) == "127.0.0.1"
-        for volume in services[name]["volumes"]:
+        for volume in services[name].get("volumes", []):
             if isinstance(volume, dict) and volume["type"] == "bind":
                 assert Path(volume["source"]).exists()
+
+
+def test_one_variable_sends_traces_to_the_profiles_jaeger() -> None:
+    (told,) = set(re.findall(r"ELASTICMOE_OTLP_ENDPOINT=(\S+)", (ROOT / "docs" / "observability.md").read_text()))
+    assert told == "http://jaeger:4318"
+    msgspec.convert({"run_dir": "/r", "model": "/m", "otlp_endpoint": told}, RouterConfig)
+    services = services_of(ELASTICMOE_OTLP_ENDPOINT=told)
+    for name in ("router", "scaler"):
+        assert services[name]["environment"]["ELASTICMOE_OTLP_ENDPOINT"] == told
+        assert set(services[name]["networks"]) <= set(services["jaeger"]["networks"])
+    assert not services_of()["router"]["environment"].get("ELASTICMOE_OTLP_ENDPOINT")
+    assert re.fullmatch(r"jaegertracing/jaeger:2\.\d+\.\d+", services["jaeger"]["image"])
+    (kept,) = re.findall(r"max_traces=(\d+)", " ".join(services["jaeger"]["command"]))
+    assert f"last {int(kept):,} traces" in (ROOT / "docs" / "observability.md").read_text()

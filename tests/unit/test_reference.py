@@ -16,6 +16,7 @@ from elasticmoe.common import config
 from elasticmoe.common.layout import RankId, initial_layout
 from elasticmoe.common.measures import Measure
 from elasticmoe.common.protocol.router import RankStatus
+from elasticmoe.common.protocol.scaler import PoolStatus
 from elasticmoe.services.router import measures as router_measures
 from elasticmoe.services.router.metrics import Metrics
 from elasticmoe.services.scaler import measures as scaler_measures
@@ -31,7 +32,7 @@ from elasticmoe.services.scaler.policy.record import PolicyRecord
 from elasticmoe.services.scaler.policy.saturation import Saturation
 from elasticmoe.services.scaler.policy.state import Evidence, Reason
 from scripts import boards, reference
-from tests.boards import QUERIES
+from tests.boards import QUERIES, keda_query, selectors
 from tests.unit.test_scaler_admin import SIZES, snapshot_of
 from tests.unit.transitions import UP, World, operation_of
 
@@ -46,9 +47,12 @@ def test_a_page_is_what_the_code_says(name: str) -> None:
 
 
 def test_the_alerts_are_what_the_code_says_and_each_has_a_name_of_its_own() -> None:
-    assert reference.RULES.read_text() == reference.rules(), "the code has changed: run `make docs`"
-    names = [rule["alert"] for rule in json.loads(reference.rules())["groups"][0]["rules"]]
+    for path in reference.RULES:
+        assert path.read_text() == reference.rules(), "the code has changed: run `make docs`"
+    rules = json.loads(reference.rules())["groups"][0]["rules"]
+    names = [rule["alert"] for rule in rules]
     assert len(set(names)) == len(names) > 10
+    assert {rule["labels"]["severity"] for rule in rules} == {"warning", "critical"}
 
 
 @pytest.mark.parametrize("board", boards.BOARDS, ids=lambda board: board.uid)
@@ -120,18 +124,11 @@ def test_the_router_shows_the_metrics_that_the_page_names() -> None:
     status = RankStatus(rank, "i", 1, 1, 0, 0, 3, 4, 64)
     link = SimpleNamespace(status=status, left_at=None, silent_s=lambda _: 0.5)
     metrics.watch({rank: link}, lambda: initial_layout((2,), ("host:0", "host:1")))  # type: ignore[dict-item]
-    metrics.refused(429)
-    metrics._failed.labels("m", "unavailable").inc()
     assert families(metrics.render()) == declared(router_measures.MEASURES)
 
 
 def test_the_scaler_shows_the_metrics_that_the_page_names() -> None:
-    meters = Meters()
-    meters.refused(401)
-    meters.phase("prepare", 1.0)
-    meters._operations.labels("scale_up", "done").inc()
-    meters.decision("steady")
-    assert families(render_metrics(decided_snapshot(), meters)) == declared(scaler_measures.MEASURES)
+    assert families(render_metrics(decided_snapshot(), Meters())) == declared(scaler_measures.MEASURES)
 
 
 def decided_snapshot() -> StatusSnapshot:
@@ -184,15 +181,45 @@ def test_the_saturation_is_the_present_one_though_the_decision_stays() -> None:
     assert ("elasticmoe:saturation", "kv") not in samples(now)
 
 
+def test_as_many_standbys_are_wanted_as_are_set_whatever_there_is() -> None:
+    before = decided_snapshot()
+    assert before.cluster is not None
+    for standbys, pool, free in ((2, PoolStatus(2, ()), 2), (0, PoolStatus(0, (), True), 0), (3, None, 0)):
+        hosts = {name: msgspec.structs.replace(host, pool=pool) for name, host in before.cluster.hosts.items()}
+        cluster = msgspec.structs.replace(before.cluster, hosts=hosts)
+        told = samples(msgspec.structs.replace(before, cluster=cluster, config={"standbys": standbys}))
+        assert told["elasticmoe:standby_ranks_wanted",] == standbys
+        assert told["elasticmoe:standby_ranks",] == free
+
+
 def test_an_alert_is_about_its_metric() -> None:
+    known = {one.name for one in (*router_measures.MEASURES, *scaler_measures.MEASURES)}
     for measure in (*router_measures.MEASURES, *scaler_measures.MEASURES):
-        assert bool(measure.alert) == bool(measure.why), measure.name
-        assert not measure.alert or measure.name in measure.alert, measure.name
-        known = {one.name for one in (*router_measures.MEASURES, *scaler_measures.MEASURES)}
-        named = {
-            re.sub(r"_(total|bucket)$", "", name) for name in re.findall(r"(?:vllm|elasticmoe):\w+", measure.alert)
-        }
-        assert named <= known, measure.name
+        for alert in measure.alerts:
+            assert alert.why, measure.name
+            assert measure.name in alert.condition, measure.name
+            named = {re.sub(r"_(total|bucket)$", "", name) for name, _ in selectors(alert.condition)}
+            assert named <= known, measure.name
+        assert len({alert.name for alert in measure.alerts}) == len(measure.alerts), measure.name
+
+
+def test_what_both_listeners_tell_is_told_apart_or_counted_once() -> None:
+    router = {measure.exposed: set(measure.labels) for measure in router_measures.MEASURES}
+    scaler = {measure.exposed: set(measure.labels) for measure in scaler_measures.MEASURES}
+    both = set(router) & set(scaler)
+    assert both >= {"elasticmoe:kv_blocks", "elasticmoe:requests_refused_total", "elasticmoe:experts_per_rank"}
+    alerts = [alert for one in (*router_measures.MEASURES, *scaler_measures.MEASURES) for alert in one.alerts]
+    exprs = [*(alert.condition for alert in alerts), *(query.expr for query in QUERIES), keda_query()]
+    for expr in exprs:
+        for name, matchers in selectors(expr):
+            if name not in both:
+                continue
+            if own := router[name] ^ scaler[name]:
+                assert own & {label for label, _, _ in matchers}, expr
+            elif name == "elasticmoe:experts_per_rank":
+                assert re.search(r"max by \([a-z, ]*\brank\) \(elasticmoe:experts_per_rank", expr), expr
+            else:
+                assert name == "elasticmoe:epoch", "which both are compared by"
 
 
 def facts_of(function: ast.AST, call: ast.Call) -> set[str]:

@@ -14,7 +14,9 @@ from elasticmoe.services.scaler.policy.figures import Missing, Unknown
 def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
     """Prometheus text of the counters and of the snapshot."""
     registry = CollectorRegistry()
-    epoch, fence, serving, busy, experts, memory, large, blocks, standby = (m.gauge(registry) for m in measures.SEEN)
+    epoch, fence, serving, busy, experts, memory, large, blocks, standby, wanted = (
+        measure.gauge(registry) for measure in measures.SEEN
+    )
     fence.set(snapshot.fence)
     serving.set(snapshot.phase == "serving")
     busy.set(snapshot.operation is not None)
@@ -32,7 +34,9 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
     free = sum(load.blocks_free for load in leaders)
     blocks.labels("free").set(free)
     blocks.labels("used").set(sum(load.blocks_total for load in leaders) - free)
-    standby.set(snapshot.cluster.standby if snapshot.cluster else 0)
+    if snapshot.cluster:  # before, nobody has looked
+        standby.set(snapshot.cluster.standby)
+        wanted.set(len(snapshot.cluster.hosts) * snapshot.config["standbys"])
     _add_load(registry, snapshot)
     return generate_latest(registry) + generate_latest(meters.registry)
 

@@ -13,8 +13,6 @@ from typing import NamedTuple
 import torch
 
 from elasticmoe.common.model_spec import AttentionSpec, LatentAttentionSpec, MoeSpec, RopeSpec
-from elasticmoe.common.telemetry import get_logger
-from elasticmoe.common.wording import counted
 from elasticmoe.native import kernels
 from elasticmoe.services.worker.backends.addresses import (
     CODES,
@@ -27,11 +25,10 @@ from elasticmoe.services.worker.backends.addresses import (
 )
 from elasticmoe.services.worker.backends.base import BatchOp, ComputeBackend, Op, check_norms
 from elasticmoe.services.worker.backends.choice import Chosen, Judged, TokenChoice, apply_edits, edit_fields, mask_row
+from elasticmoe.services.worker.backends.kernel_threads import KernelThreads
 from elasticmoe.services.worker.model.batch import Batch
 from elasticmoe.services.worker.model.rope import inverse_frequencies
 from elasticmoe.services.worker.model.weights import KvCache
-
-log = get_logger("rank")
 
 _SCORING = {"softmax": kernels.SOFTMAX, "sigmoid": kernels.SIGMOID}
 
@@ -67,26 +64,16 @@ class HostBackend(ComputeBackend):
         more and fewer (`use_threads`), which `computes_by` says instead of their number."""
         super().__init__(tell_waiting, device)
         self._rounds = rounds
-        self._shares_cores = shares_cores
-        self._wanted = 0
-        self.use_threads(threads)
+        self._threads = KernelThreads(threads, are_shared=shares_cores)
 
     @property
     def computes_by(self) -> str:
         """See ComputeBackend: the instruction set of the process's kernels, and how many threads it has."""
-        threads = "shared cores" if self._shares_cores else counted(kernels.threads(), "thread")
-        return f"{self.name} {kernels.instruction_sets()[0]}, {threads}"
+        return f"{self.name} {self._threads.words}"
 
     def use_threads(self, count: int) -> None:
         """See ComputeBackend."""
-        if count == self._wanted:
-            return
-        self._wanted = count
-        try:
-            kernels.use_threads(count)
-        except (RuntimeError, MemoryError) as error:
-            log.warning("threads cannot be started", wanted=count, there_are=kernels.threads(), because=str(error))
-        log.info("computes", threads=kernels.threads(), by=kernels.instruction_sets()[0])
+        self._threads.use(count)
 
     def _synchronize(self) -> None:
         """See ComputeBackend. Nothing is ever in flight."""
