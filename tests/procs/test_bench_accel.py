@@ -23,8 +23,22 @@ def test_contract_parity_and_oracle_hold(kind: str, tmp_path: Path, monkeypatch:
         data = json.loads((tmp_path / f"accel-{kind}.json").read_text())
         assert [row["result"] for row in data["rows"]] == ["ok"] * 3
         assert data["raw"]["parity"]["equal"] == data["raw"]["parity"]["answers"]
-        assert data["raw"]["oracle"] == {"resizes": 4, "answers": 6, "changed": 0}
+        assert data["raw"]["oracle"] == {"resizes": 4, "answers": 6, "changed": 0, "most": 0.0}
         assert not any(standins.used(kind, folder))
+
+
+@pytest.mark.timeout(600)
+def test_parity_and_oracle_hold_with_the_vendors_operators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the tests compute them, in bfloat16, of the model that is taken where none is named."""
+    with standins.memory(monkeypatch) as folder:
+        standins.install("npu", monkeypatch, operators=True)
+        words = ["bench", "accel", "--devices", "npu:0-1", "--device-memory", "256MiB", "--output", str(tmp_path)]
+        assert main([*words, "--compute", "torch_npu", "--steps", "parity,oracle"]) == 0
+        data = json.loads((tmp_path / "accel-npu.json").read_text())
+        assert [row["result"] for row in data["rows"]] == ["ok"] * 2
+        assert data["raw"]["parity"]["dtype"] == "bfloat16"
+        assert data["raw"]["parity"]["most"] > 0.0, "that is another arithmetic"
+        assert not any(standins.used("npu", folder))
 
 
 @pytest.mark.timeout(600)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.devices import standins
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints
@@ -67,6 +68,12 @@ async def wait_tokens(load: Load) -> None:
     await asyncio.to_thread(wait_until, lambda: len(load.streams) > 16, "streams", 30.0)
 
 
+async def wait_more(load: Load, num: int) -> None:
+    """Until so many more streams have ended."""
+    wanted = len(load.streams) + num
+    await asyncio.to_thread(wait_until, lambda: len(load.streams) > wanted, "streams afterwards", 30.0)
+
+
 async def test_a_lost_device_is_left_out_and_what_it_held_is_read_or_computed_again(
     deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
 ) -> None:
@@ -79,8 +86,7 @@ async def test_a_lost_device_is_left_out_and_what_it_held_is_read_or_computed_ag
         operation = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
         assert (operation["phase"], operation["error"]) == ("done", None), operation
         assert operation["figures"]["bytes_copied"] == operation["planned"]["bytes_copied"] > 0
-        after = len(load.streams)
-        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+        await wait_more(load, 32)
         await asyncio.to_thread(check_integrity, deployment)
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
     assert set(ranks_of(deployment)) == {deployment.device(0), deployment.device(2)}
@@ -112,8 +118,7 @@ async def test_a_lost_device_takes_the_others_of_its_replica_along(
         assert await asyncio.to_thread(overwrite, deployment, devices[1]) > WEIGHT_BYTES
         operation = await asyncio.to_thread(deployment.scale, remove=["r0"], lost=True)
         assert (operation["phase"], operation["error"]) == ("done", None), operation
-        after = len(load.streams)
-        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 16, "streams afterwards", 30.0)
+        await wait_more(load, 16)
         await asyncio.to_thread(check_integrity, deployment)
         assert set(await asyncio.to_thread(ranks_of, deployment)) == set(devices[2:])
         assert (await asyncio.to_thread(deployment.scale, devices=devices))["phase"] == "done"
@@ -146,8 +151,7 @@ async def test_a_deployment_that_failed_because_ranks_do_not_live_on_a_device_go
         await asyncio.to_thread(kill_until_it_fails)
         operation = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
         assert (operation["phase"], operation["error"]) == ("done", None), operation
-        after = len(load.streams)
-        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+        await wait_more(load, 32)
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
     assert deployment.admin("/v1/layout")["phase"] == "serving"
     assert deployment.stop().count("error") == 0
@@ -183,8 +187,7 @@ async def test_a_loss_is_not_forgotten_where_the_scaler_dies_before_it_has_begun
                 return False
 
         await asyncio.to_thread(wait_until, has_been_left_out, "the deployment goes on without the device", 60.0)
-        after = len(load.streams)
-        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+        await wait_more(load, 32)
         await asyncio.to_thread(check_integrity, deployment)
     points.clear()
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
@@ -216,11 +219,49 @@ async def test_a_device_that_is_lost_in_the_midst_of_growing_ends_that_and_is_le
         points.release(point)
         lost = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
         assert (lost["phase"], lost["error"]) == ("done", None), lost
-        after = len(load.streams)
-        await asyncio.to_thread(wait_until, lambda: len(load.streams) > after + 32, "streams afterwards", 30.0)
+        await wait_more(load, 32)
         await asyncio.to_thread(check_integrity, deployment)
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 1_000
     _, ended = deployment.admin_call("GET", f"/v1/operations/{growing}")
     assert (ended["outcome"], ended["error"]["code"]) == ("aborted", "device_lost")
     assert deployment.device(1) not in ranks_of(deployment)
+    assert deployment.stop().count("error") == 0
+
+
+@pytest.fixture(params=standins.KINDS)
+def drivers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Accelerators of a kind for the processes that the test starts, on stand-ins of their driver, whose memory is in
+    this folder."""
+    with standins.memory(monkeypatch) as folder:
+        standins.install(request.param, monkeypatch)
+        yield folder
+
+
+async def test_a_device_whose_driver_gives_it_up_costs_nothing_but_itself(
+    drivers: Path, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    """The HMM takes back what it had there, and goes on; the next one starts without it."""
+    deployment = deploy("oracle", replicas=3, **SETTINGS)
+    async with Load(deployment.base_url, clients=8, seed=9) as load:
+        await wait_tokens(load)
+        hmm = deployment.pids["hmm"]
+        os.kill((await asyncio.to_thread(ranks_of, deployment))[deployment.device(1)]["pid"], signal.SIGSTOP)
+        standins.lose(drivers, 1)
+        operation = await asyncio.to_thread(deployment.scale, remove=["r1"], lost=True)
+        assert (operation["phase"], operation["error"]) == ("done", None), operation
+        await wait_more(load, 16)
+        await asyncio.to_thread(check_integrity, deployment)
+        assert deployment.pids["hmm"] == hmm
+        await asyncio.to_thread(deployment.kill, "hmm")
+        await asyncio.to_thread(deployment.wait_restarted, "hmm", hmm)
+        await asyncio.to_thread(deployment.wait_serving)
+        await wait_more(load, 16)
+        await asyncio.to_thread(check_integrity, deployment)
+        assert set(await asyncio.to_thread(ranks_of, deployment)) == {deployment.device(0), deployment.device(2)}
+        named = [deployment.device(number) for number in range(3)]
+        again = await asyncio.to_thread(deployment.scale, devices=named)
+        assert (again["outcome"], again["error"]["code"]) == ("aborted", "driver_failed"), again
+        await wait_more(load, 8)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 500
+    assert deployment.log("hmm").count("device cannot be used") == 2  # each HMM says it once
     assert deployment.stop().count("error") == 0

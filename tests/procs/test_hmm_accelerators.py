@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from elasticmoe.common.devices import factory
+from elasticmoe.common.protocol.errors import ElasticMoEError
+from elasticmoe.common.protocol.replies import Ack
 from tests.devices import standins
-from tests.procs.hmm_harness import Deployment, Rank
+from tests.procs.hmm_harness import Deployment, Rank, load_message
 
 pytestmark = pytest.mark.procs
 
@@ -98,3 +100,33 @@ def test_a_killed_hmm_has_all_again_where_its_driver_lets_it(kind: str, deployme
     assert first.device.read_bytes(first.kv[0].base, 5) == b"alive"
     first.close()
     assert Rank(deployment, 0).checksums() == mine
+
+
+def test_a_successor_goes_on_with_the_devices_that_its_driver_has(
+    kind: str, deployment: Deployment, model: Path
+) -> None:
+    """One is lost while its memory is in the layout. A GPU's rank goes on where the HMM has its memory."""
+    first, _ = attached(deployment, model)
+    before, gone = deployment.integrity(checksums=True).checksums, Path(os.environ["STANDIN_FOLDER"]) / "lost.1"
+    deployment.kill_hmm()
+    standins.lose(gone.parent, 1)
+    deployment.start_hmm()
+    assert deployment.hmm is not None
+    assert deployment.log_of(deployment.hmm).count("device cannot be used") == 1
+    if kind == "npu":
+        assert deployment.status().phase == "empty"
+        assert isinstance(deployment.call(load_message(model)), Ack)
+        error = deployment.wait_phase("failed").error
+        assert error is not None
+        assert error.code == "driver_failed"
+        assert "host:1 cannot be used" in error.message
+    else:
+        assert deployment.status().phase == "ready"
+        first.resume(deployment)
+        deployment.members(0)
+        answer = deployment.integrity(checksums=True)
+        assert answer.findings == ()
+        assert answer.checksums == {name: value for name, value in before.items() if name.startswith("host:0/")}
+        with pytest.raises(ElasticMoEError, match="host:1 cannot be used"):
+            Rank(deployment, 1)
+    gone.unlink()  # the ranks of this process give their memory back

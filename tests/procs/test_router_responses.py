@@ -20,6 +20,11 @@ TEMPLATE = (
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS: Any = [{"type": "function", "name": "weather", "description": "d", "parameters": PARAMETERS, "strict": True}]
 CALLED = {"type": "function_call", "call_id": "c1", "name": "weather"}
+TURN: list[dict[str, Any]] = [
+    {"role": "user", "content": "Hi"},
+    {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+    {"role": "assistant", "content": "See."},
+]
 THOUGHT = b"<think>\nHm.\n</think>\n\n"
 CALL = b'<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 
@@ -64,6 +69,8 @@ def test_streamed_and_whole_are_the_same(
         assert response.status == ("incomplete" if finish == "length" else "completed")
         assert response.usage is not None
         assert (response.usage.output_tokens, response.usage.input_tokens) == (len(data), len("Tu:|Hi."))
+        num_thought = data.find(b"</think>") if b"</think>" in data else 0
+        assert response.usage.output_tokens_details.reasoning_tokens == num_thought
         calls = [item for item in response.output if item.type == "function_call"]
         assert all((call.name, json.loads(call.arguments)) == ("weather", {"city": "Rome"}) for call in calls)
     assert (
@@ -104,6 +111,15 @@ def test_an_item_that_is_cut_off_says_so_when_it_ends(rank: FakeRank, client: op
     assert done == [item.status for item in events[-1].response.output] == ["completed", "incomplete"]
 
 
+def test_all_tokens_of_an_answer_that_is_cut_off_while_it_thinks_are_reasoning(
+    rank: FakeRank, client: openai.OpenAI
+) -> None:
+    rank.answer = Reply(b"<think>\nHm", "length")
+    response = client.responses.create(model=MODEL, input="Hi")
+    assert response.usage is not None
+    assert response.usage.output_tokens_details.reasoning_tokens == response.usage.output_tokens == 10
+
+
 def test_what_is_too_long_is_told_by_the_names_of_this_endpoint(router: RouterProcess) -> None:
     body = {"input": "Hi", "max_output_tokens": 1_000_000}
     error = router.http.post("/v1/responses", json=body).json()["error"]
@@ -125,6 +141,12 @@ def test_what_is_too_long_is_told_by_the_names_of_this_endpoint(router: RouterPr
             "invalid_request",
             "input",
             "input[1]: the arguments",
+        ),
+        (
+            {"input": [*TURN, {**CALLED, "arguments": "{}"}, {**CALLED, "call_id": "c2", "arguments": "[1]"}]},
+            "invalid_request",
+            "input",
+            "input[4]: the arguments",
         ),
         ({"reasoning": {"effort": "low"}}, "unsupported", "reasoning.effort", "reasoning.effort is not supported"),
         ({"input": "x" * 100_000}, "context_length_exceeded", "input", "characters in your input"),
@@ -184,7 +206,10 @@ def test_the_whole_of_a_turn_goes_back_as_it_came(rank: FakeRank, client: openai
         ({"truncation": "auto"}, "unsupported", "send what is to be read"),
         ({"top_logprobs": 3}, "unsupported", "/v1/chat/completions"),
         ({"max_tool_calls": 3}, "unsupported", "runs no tools"),
-        ({"tools": [{"type": "web_search"}]}, "invalid_request", "type"),
+        ({"tools": [*TOOLS, {"type": "web_search"}]}, "unsupported", "tools[1] is not supported: type 'web_search'"),
+        ({"tools": [{"type": "function"}]}, "invalid_request", "tools[0] has no name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "file_search"}}, "unsupported", "tool_choice is not supported: type"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "invalid_request", "tool_choice has no name"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "nobody"}}, "invalid_request", "is no tool"),
         ({"text": {"format": {"type": "grammar"}}}, "unsupported", "json_schema"),
         ({"text": {"verbosity": "low"}}, "unsupported", "say it in a message"),
@@ -192,7 +217,7 @@ def test_the_whole_of_a_turn_goes_back_as_it_came(rank: FakeRank, client: openai
         ({"input": [{"content": "x"}]}, "invalid_request", "input[0] has no role"),
         ({"input": [{"type": "function_call_output", "output": "x"}]}, "invalid_request", "input[0] has no call_id"),
         ({"input": [{"type": "function_call", "call_id": "c"}]}, "invalid_request", "input[0] has no name"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "invalid_request", "type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "unsupported", "input[0] is not supported: type 'item_"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "unsupported", "supported: texts"),
         ({"max_output_tokens": 0}, "invalid_request", "max_output_tokens"),
         ({"reasoning": {"effort": "low"}}, "unsupported", "does not read it"),

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import anthropic
-import httpx
 import openai
 import pytest
 
@@ -27,6 +22,7 @@ from tests.procs.router_harness import (
     serving,
     write_model,
 )
+from tests.procs.tool_clients import HELLO, TOOLS, Read, by_anthropic, by_langchain, by_litellm
 
 pytestmark = [pytest.mark.procs, pytest.mark.timeout(400)]
 TEMPLATE = (
@@ -34,12 +30,6 @@ TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}.{% endfor %}"
 )
-HELLO: Any = [{"role": "user", "content": "Hi"}]
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
-TOOLS: Any = [
-    {"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": PARAMETERS}},
-    {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
-]
 CALLS = b'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "\xc3\x85"}}\n</tool_call>\n'
 CALLS += b'<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 WANTED = [("weather", '{"city": "Å"}'), ("now", "{}")]
@@ -94,62 +84,6 @@ def test_calls(rank: FakeRank, client: openai.OpenAI, per_step: int, num: int) -
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me see.")
 
 
-def _by_anthropic(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, Any]]]:
-    tools: Any = [{"name": "weather", "input_schema": PARAMETERS}, {"name": "now", "input_schema": {"type": "object"}}]
-    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-        asked: dict[str, Any] = {"model": MODEL, "messages": HELLO, "tools": tools, "max_tokens": 200}
-        if is_streamed:
-            with client.messages.stream(**asked) as stream:
-                message: Any = stream.get_final_message()
-        else:
-            message = client.messages.create(**asked)
-    assert message.stop_reason == "tool_use"
-    said = "".join(block.text for block in message.content if block.type == "text")
-    return said, [(block.name, block.input) for block in message.content if block.type == "tool_use"]
-
-
-def _by_langchain(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, Any]]]:
-    langchain_openai = pytest.importorskip("langchain_openai")
-    with httpx.Client(trust_env=False) as http:
-        chat = langchain_openai.ChatOpenAI(model=MODEL, base_url=f"{url}/v1", api_key="none", http_client=http)
-        chat = chat.bind_tools(TOOLS)
-        chunks = list(chat.stream("Hi")) if is_streamed else [chat.invoke("Hi")]
-    message = chunks[0]
-    for chunk in chunks[1:]:
-        message += chunk
-    return message.content, [(call["name"], call["args"]) for call in message.tool_calls]
-
-
-LITELLM = """
-import json, sys
-import litellm
-
-asked, url, is_streamed = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3] == "True"
-answer = litellm.completion(**asked, api_base=f"{url}/v1", api_key="none", stream=is_streamed)
-whole = litellm.stream_chunk_builder(list(answer), messages=asked["messages"]) if is_streamed else answer
-message = whole.choices[0].message
-calls = [(call.function.name, json.loads(call.function.arguments)) for call in message.tool_calls]
-print(json.dumps([message.content, calls]))
-"""
-
-
-def _by_litellm(url: str, *, is_streamed: bool) -> tuple[str, list[tuple[str, Any]]]:
-    """In a process of its own: it leaves threads and connections behind."""
-    if find_spec("litellm") is None:
-        pytest.skip("litellm is not installed")
-    asked = json.dumps({"model": f"openai/{MODEL}", "messages": HELLO, "tools": TOOLS})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LITELLM, asked, url, str(is_streamed)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},  # else it asks GitHub for prices
-    )
-    assert done.returncode == 0, done.stderr
-    said, calls = json.loads(done.stdout.splitlines()[-1])
-    return said, [(name, arguments) for name, arguments in calls]
-
-
 @pytest.mark.parametrize("manner", ["whole", "streamed"])
 def test_several_calls_by_the_client_for_node(rank: FakeRank, router: RouterProcess, node: Path, manner: str) -> None:
     rank.answer = Reply(CALLS, per_step=3)
@@ -162,9 +96,9 @@ def test_several_calls_by_the_client_for_node(rank: FakeRank, router: RouterProc
 
 
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("by", [_by_anthropic, _by_langchain, _by_litellm])
+@pytest.mark.parametrize("by", [by_anthropic, by_langchain, by_litellm])
 def test_several_calls_that_the_model_has_chosen_by_other_clients(
-    rank: FakeRank, router: RouterProcess, by: Callable[..., tuple[str, list[tuple[str, Any]]]], is_streamed: bool
+    rank: FakeRank, router: RouterProcess, by: Callable[..., Read], is_streamed: bool
 ) -> None:
     """Nobody forces a call, and none is too many: text, then two calls, one of them without arguments."""
     rank.answer = Reply(CALLS, per_step=3)
@@ -248,6 +182,7 @@ def thinker(tmp_path_factory: pytest.TempPathFactory, start_router: StartRouter)
         ({}, b"Hm.\n</think>\n\nYes.", "Hm.", "Yes.", 0),
         ({"tools": TOOLS}, b"Hm <tool_call>.\n</think>\n\n" + CALLS, "Hm <tool_call>.", "Let me see.", 2),
         ({"chat_template_kwargs": {"enable_thinking": False}}, b"Yes.", None, "Yes.", 0),
+        ({"n": 2}, b"Hm.\n</think>\n\nYes.", "Hm.", "Yes.", 0),
         ({"include_reasoning": False}, b"Hm.\n</think>\n\nYes.", None, "Yes.", 0),
         ({"separate_reasoning": False}, b"Hm.\n</think>\n\nYes.", None, "Hm.\n</think>\n\nYes.", 0),
         ({}, b"Hm. Hm.", "Hm. Hm.", "", 0),
@@ -259,17 +194,25 @@ def test_reasoning(
     body = {"messages": HELLO, **asked}
     with serving(thinker) as rank:
         rank.answer = Reply(data, per_step=per_step)
-        choice = thinker.http.post("/v1/chat/completions", json=body).json()["choices"][0]
+        whole = thinker.http.post("/v1/chat/completions", json=body).json()
+        choice = whole["choices"][0]
         message = choice["message"]
         assert (message.get("reasoning_content"), message["content"]) == (thought, said)
         assert len(message.get("tool_calls", [])) == num_calls
         assert choice["finish_reason"] == ("tool_calls" if num_calls else "stop")
-        lines = thinker.http.post("/v1/chat/completions", json={**body, "stream": True}).text.split("\n\n")
-    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        streamed = {**body, "stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        lines = thinker.http.post("/v1/chat/completions", json=streamed).text.split("\n\n")
+    *chunks, last = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    chunks = [chunk for chunk in chunks if chunk["choices"][0]["index"] == 0]
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == (thought or "")
     assert "".join(delta.get("content", "") for delta in deltas) == said
     assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+    num_thought = data.index(b"</think>") if b"</think>" in data else len(data) if thought else 0
+    num_choices = asked.get("n", 1)
+    for usage, num in ((whole["usage"], num_choices), (last["usage"], num_choices), (chunks[-1]["usage"], 1)):
+        assert usage["completion_tokens_details"] == {"reasoning_tokens": num * num_thought}
+        assert usage["completion_tokens"] == num * len(data)
 
 
 @pytest.mark.parametrize(
