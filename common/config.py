@@ -117,6 +117,11 @@ def _check_topology(config: Common) -> None:
         raise ConfigError(text, code="too_many_devices")
     if not isinstance(config, ModelConfig):
         return
+    if config.exchange == "torch_dist" and devices.parts:
+        raise ConfigError(
+            f"exchange torch_dist (--exchange) takes one rank on a device, and devices {devices} has several on one: "
+            "name whole ones (--devices), or use exchange mailbox or shm"
+        )
     if config.tp > TP_MAX:
         raise ConfigError(f"tp {config.tp} (--tp) exceeds the limit of {TP_MAX}", code="tp_unsupported")
     needed = config.replicas * config.tp

@@ -40,7 +40,11 @@ SOLE_IMPORTERS = {
         "tests/",
     ),
     "transformers": "tests/",
-    "elasticmoe.native.kernels": ("services/worker/backends/host.py", "services/worker/backends/addresses.py"),
+    "elasticmoe.native.kernels": (
+        "services/worker/backends/host.py",
+        "services/worker/backends/addresses.py",
+        "services/worker/backends/kernel_threads.py",
+    ),
     "elasticmoe.native.bus": (
         # Of the exchange's files those that are one kind of it: no interface names the bus.
         *(f"services/worker/exchange/{one}.py" for one in ("bus", "mailbox", "planned", "shm", "torch_dist")),

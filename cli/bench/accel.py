@@ -10,8 +10,8 @@
 | decode | `bench serve` of it, with 1, 8 and 32 streams; plain copies beside it | it ends well |
 | exchange | scripts/exchange_cost.py between two devices, in a checkout | the exchanges bring the same bits |
 
-Parity is in float32. `torch_npu` promises no bits and takes no float32 (ADR 38): with it parity is in bfloat16, and the
-oracle is right where answers before and after agree as those of parity do.
+Parity is in float32. `torch_npu` promises no bits and takes no float32 (ADR 38): with it parity is in bfloat16, which
+torch rounds activations to as well, and the oracle is right where answers before and after agree as those of parity do.
 
 Every step runs, whatever the others say. Some measure what there is an aim for (accel_aims.py), which is met, missed or
 not measured: a step that ends well may miss it. One table, and one file with the hardware, the versions and the commit.
@@ -189,10 +189,10 @@ class _Accelerators:
 
     def parity(self) -> tuple[bool, str, Any]:
         """See the module's text."""
-        dtype, most_allowed, _ = self._promise
+        dtype, activations, most_allowed, _ = self._promise
         with running(self._model, 1, devices=first_of(str(self.devices), 1), dtype=dtype, **self._settings) as ours:
             mine = answers_of(ours.url)
-        with running(self._model, 1, dtype=dtype, compute="torch") as theirs:
+        with running(self._model, 1, dtype=dtype, activations=activations, compute="torch") as theirs:
             reference = answers_of(theirs.url)
         most, num_equal = difference(mine, reference)
         text = (

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ctypes
 import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from elasticmoe.common.devices.base import Device
-from elasticmoe.common.devices.driver import CopyPart, Driver, MemoryInfo
+from elasticmoe.common.devices.driver import CopyPart, Driver, Lost, MemoryInfo
 from elasticmoe.common.devices.names import DeviceId
 from elasticmoe.common.devices.rules import PROCESS, SPACES, Completion, Handle, ProcessRules, Range, Space
 from elasticmoe.common.devices.torch_devices import check_torch, open_torch, prepare_torch, storage_at
@@ -26,6 +26,8 @@ from elasticmoe.native import host
 if TYPE_CHECKING:
     import torch
 
+P = ParamSpec("P")
+T = TypeVar("T")
 _STAGED_BYTES = 8 << 20  # of a file that are on their way to a device at once
 
 
@@ -49,19 +51,24 @@ class _Copied(Completion):
         self._event: int | None = event
 
     def is_done(self) -> bool:
-        if self._event is not None and self._driver.is_done(self._device, self._event):
+        if self._event is not None and self._ask(self._driver.is_done, self._event):
             self._end()
         return self._event is None
 
     def wait(self) -> None:
         if self._event is not None:
-            self._driver.wait(self._device, self._event)
+            self._ask(self._driver.wait, self._event)
             self._end()
 
     def _end(self) -> None:
         event, self._event = self._event, None
         if event is not None:
-            self._driver.forget(self._device, event)
+            with suppress(Lost):
+                self._ask(self._driver.forget, event)
+
+    def _ask(self, call: Callable[[int, int], T], event: int) -> T:
+        with self._driver.noting(self._device):
+            return call(self._device, event)
 
 
 class AcceleratorDevice(Device):
@@ -85,16 +92,18 @@ class AcceleratorDevice(Device):
         descriptors: Mapping[str, int] | None = None,
         rules: ProcessRules = PROCESS,
     ) -> None:
-        """Raises DeviceError no_driver, no_device; bad_granularity where it is no multiple of the driver's."""
+        """One that was given up, or has failed, is opened without its driver: it holds what a predecessor has recorded
+        of it by name. Raises DeviceError no_driver, no_device; bad_granularity where it is no multiple of the driver's.
+        """
         super().__init__(name, granularity, budget, rules=rules)
         self._kept = dict(descriptors or {})
         self._index = DeviceId.parse(name).index
         self._driver = self._of_this_process()
-        self._driver.open(self._index)
-        least = self._driver.granularity(self._index)
-        if granularity % least:
-            text = f"granularity {granularity} is no multiple of the driver's, {least}"
-            raise self._broken(text, code="bad_granularity")
+        if not self.failure:
+            least = self._open()
+            if granularity % least:
+                text = f"granularity {granularity} is no multiple of the driver's, {least}"
+                raise self._broken(text, code="bad_granularity")
         self._made: dict[Space, int] = dict.fromkeys(SPACES, 0)
         self._mapped: dict[int, Memory] = {}  # by address
 
@@ -107,18 +116,51 @@ class AcceleratorDevice(Device):
     def memory(cls, index: int) -> MemoryInfo:
         """What the driver says, of a device that this process opens for it. Raises DeviceError."""
         driver = cls._of_this_process()
-        driver.open(index)
-        return driver.memory(index)
+        with driver.noting(index):
+            driver.open(index)
+            return driver.memory(index)
+
+    @classmethod
+    def give_up(cls, index: int, reason: str) -> None:
+        """See Device."""
+        cls._of_this_process().fail(index, reason)
+
+    @property
+    def failure(self) -> str:
+        """See Device."""
+        return self._driver.failures.get(self._index, "")
+
+    @contextmanager
+    def _using(self) -> Iterator[None]:
+        """While the driver is asked about this device. Raises Lost at once where it has failed."""
+        self.check_usable()
+        with self._driver.noting(self._index):
+            yield
+
+    def _ask(self, call: Callable[Concatenate[int, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._using():
+            return call(self._index, *args, **kwargs)
+
+    def _attempt(self, call: Callable[Concatenate[int, P], None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """`_ask` for what a device that has failed may go without: what gives something back, above all, as the driver
+        does by itself when the process ends."""
+        with suppress(Lost):
+            self._ask(call, *args, **kwargs)
+
+    def _open(self) -> int:
+        with self._using():
+            self._driver.open(self._index)
+            return self._driver.granularity(self._index)
 
     @property
     def identity(self) -> str:
         """See Device."""
-        return self._driver.identity(self._index)
+        return self._ask(self._driver.identity)
 
     def reaches(self, other: str) -> bool:
         """See Device."""
         peer = DeviceId.parse(other).index
-        return peer == self._index or self._driver.can_access(self._index, peer)
+        return peer == self._index or self._ask(self._driver.can_access, peer)
 
     @classmethod
     def _of_this_process(cls) -> Driver:
@@ -144,9 +186,9 @@ class AcceleratorDevice(Device):
         memory, key = self._claim(nbytes, space, place)
         try:
             with self._at(memory, nbytes) as address:
-                self._driver.zero(self._index, address, nbytes)
+                self._ask(self._driver.zero, address, nbytes)
         except BaseException:
-            self._driver.release(self._index, memory.number)
+            self._attempt(self._driver.release, memory.number)
             self._made[space] -= nbytes
             raise
         return memory, key
@@ -154,7 +196,7 @@ class AcceleratorDevice(Device):
     def _claim(self, nbytes: int, space: Space, place: int) -> tuple[Memory, int]:
         del place  # a name only: handles have no neighbours
         try:
-            memory = Memory(self._driver.create(self._index, nbytes))
+            memory = Memory(self._ask(self._driver.create, nbytes))
         except DoesNotFit as error:
             raise DoesNotFit(f"{self.name}: {size(nbytes)}: {error.message}") from None
         self._made[space] += nbytes
@@ -166,22 +208,21 @@ class AcceleratorDevice(Device):
         if memory.places:
             yield memory.places[0]
             return
-        driver, index = self._driver, self._index
-        address = driver.reserve(index, nbytes)
+        address = self._ask(self._driver.reserve, nbytes)
         try:
-            driver.map(index, [(address, nbytes, memory.number)])
+            self._ask(self._driver.map, [(address, nbytes, memory.number)])
             try:
-                driver.allow(index, address, nbytes, True)
+                self._ask(self._driver.allow, address, nbytes, True)
                 yield address
             finally:
-                driver.synchronize()
-                driver.unmap(index, address, nbytes)
+                self._driver.synchronize()
+                self._attempt(self._driver.unmap, address, nbytes)
         finally:
-            driver.unreserve(index, address, nbytes)
+            self._attempt(self._driver.unreserve, address, nbytes)
 
     def _populate(self, handle: Handle, offset: int, nbytes: int) -> None:
         with self._at(handle.backing, handle.nbytes) as address:
-            self._driver.zero(self._index, address + offset, nbytes)
+            self._ask(self._driver.zero, address + offset, nbytes)
 
     def _write(self, handle: Handle, offset: int, address: int, nbytes: int) -> None:
         with self._at(handle.backing, handle.nbytes) as there:
@@ -191,7 +232,7 @@ class AcceleratorDevice(Device):
         """Handles go whole, with their release."""
 
     def _release(self, handle: Handle) -> None:
-        self._driver.release(self._index, handle.backing.number)
+        self._attempt(self._driver.release, handle.backing.number)
         if handle.space is not None:
             self._made[handle.space] -= handle.nbytes
 
@@ -206,26 +247,25 @@ class AcceleratorDevice(Device):
 
     def _reserve(self, nbytes: int) -> tuple[int, None]:
         try:
-            return self._driver.reserve(self._index, nbytes), None
+            return self._ask(self._driver.reserve, nbytes), None
         except DoesNotFit as error:
             raise DoesNotFit(f"{self.name}: no address space for {size(nbytes)}: {error.message}") from None
 
     def _unreserve(self, range_: Range) -> None:
-        for address in [one for one in self._mapped if range_.base <= one < range_.base + range_.nbytes]:
-            mapping = range_.mappings[address - range_.base]
-            self._unmap(range_, address - range_.base, mapping.handle.nbytes)
-        self._driver.unreserve(self._index, range_.base, range_.nbytes)
+        with ExitStack() as ends:  # with what is still mapped there when all is closed
+            ends.callback(self._attempt, self._driver.unreserve, range_.base, range_.nbytes)
+            for offset in [one - range_.base for one in self._mapped if 0 <= one - range_.base < range_.nbytes]:
+                ends.callback(self._unmap, range_, offset, range_.mappings[offset].handle.nbytes)
 
     def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None:
         del populate  # a device's page tables are made when it is mapped
-        driver, index = self._driver, self._index
-        driver.map(index, [(range_.address(at), part.nbytes, part.backing.number) for at, part in parts])
+        self._ask(self._driver.map, [(range_.address(at), part.nbytes, part.backing.number) for at, part in parts])
         try:
             for begin, end in _runs(parts):
-                driver.allow(index, range_.address(begin), end - begin, writable)
+                self._ask(self._driver.allow, range_.address(begin), end - begin, writable)
         except BaseException:
             for offset, handle in parts:
-                driver.unmap(index, range_.address(offset), handle.nbytes)
+                self._attempt(self._driver.unmap, range_.address(offset), handle.nbytes)
             raise
         for offset, handle in parts:
             memory: Memory = handle.backing
@@ -235,7 +275,7 @@ class AcceleratorDevice(Device):
 
     def _unmap(self, range_: Range, offset: int, nbytes: int) -> None:
         address = range_.address(offset)
-        self._driver.unmap(self._index, address, nbytes)
+        self._attempt(self._driver.unmap, address, nbytes)
         memory = self._mapped.pop(address)
         if address in memory.places:
             memory.places.remove(address)
@@ -262,14 +302,18 @@ class AcceleratorDevice(Device):
     def _copy_async(self, parts: Sequence[tuple[int, int, int]]) -> Completion:
         where = self._device_at
         asked = [CopyPart(dst, src, nbytes, where(dst), where(src)) for dst, src, nbytes in parts]
-        return _Copied(self._driver, self._index, self._driver.copy(self._index, asked))
+        for index in {index for part in asked for index in (part.dst_device, part.src_device)}:
+            if index in self._driver.failures:  # a copy from there could cost the process this device as well
+                raise Lost(f"{self.name} copies nothing with a device that has failed: {self._driver.failures[index]}")
+        return _Copied(self._driver, self._index, self._ask(self._driver.copy, asked))
 
     def _device_at(self, address: int) -> int:
         name = self._rules.device_of(address)
         return self._index if name is None else DeviceId.parse(name).index  # None: a range of this class's own
 
     def fence(self) -> None:
-        """Also of the process's other devices: their copies may read or write this one's memory."""
+        """Also of the process's other devices: their copies may read or write this one's memory. Of those that have
+        failed, nothing is in flight."""
         self._driver.synchronize()
 
     def _read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None:
@@ -277,11 +321,11 @@ class AcceleratorDevice(Device):
         for at in range(0, nbytes, _STAGED_BYTES):
             num = min(_STAGED_BYTES, nbytes - at)
             host.read_into(fd, file_offset + at, ctypes.addressof(buffer), num)
-            self._driver.to_device(self._index, address + at, ctypes.addressof(buffer), num)
+            self._ask(self._driver.to_device, address + at, ctypes.addressof(buffer), num)
 
     def _fetch(self, address: int, nbytes: int) -> ctypes.Array[ctypes.c_char]:
         buffer = (ctypes.c_char * nbytes)()
-        self._driver.to_host(self._index, ctypes.addressof(buffer), address, nbytes)
+        self._ask(self._driver.to_host, ctypes.addressof(buffer), address, nbytes)
         return buffer
 
     def _read_bytes(self, address: int, nbytes: int) -> bytes:
@@ -290,7 +334,7 @@ class AcceleratorDevice(Device):
     def _write_bytes(self, address: int, data: memoryview) -> None:
         kind = ctypes.c_char * len(data)
         buffer = kind.from_buffer_copy(data) if data.readonly else kind.from_buffer(data)
-        self._driver.to_device(self._index, address, ctypes.addressof(buffer), len(data))
+        self._ask(self._driver.to_device, address, ctypes.addressof(buffer), len(data))
 
     def _checksum(self, address: int, nbytes: int) -> int:
         buffer = self._fetch(address, nbytes)
@@ -300,9 +344,9 @@ class AcceleratorDevice(Device):
         """Ranges have been given back, and with them all mappings."""
         for handle in (*self._local, *self._imports):
             try:
-                self._driver.release(self._index, handle.backing.number)
+                self._attempt(self._driver.release, handle.backing.number)
             except ElasticMoEError:
-                continue  # a device that has failed: the driver gives all back when the process ends
+                continue  # the driver gives all back when the process ends
 
 
 def _runs(parts: Sequence[tuple[int, Handle]]) -> Iterator[tuple[int, int]]:

@@ -37,6 +37,13 @@ _HBM: Final = 1  # aclrtMemAttr: ACL_HBM_MEM, pages of every size
 _COMPLETE: Final = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE
 
 # acl_base_rt.h, error_codes/rt_error_codes.h
+LOST: Final[dict[int, str]] = {  # answers after which a process cannot use the device any more
+    507010: "ACL_ERROR_RT_LOST_HEARTBEAT",
+    507013: "ACL_ERROR_RT_SYS_DMA",
+    507053: "ACL_ERROR_RT_DEVICE_MEM_ERROR",
+    507054: "ACL_ERROR_RT_HBM_MULTI_BIT_ECC_ERROR",
+    507901: "ACL_ERROR_RT_SOCKET_CLOSE",
+}
 REFUSALS: Final[dict[int, Meaning]] = {
     100001: Meaning("ACL_ERROR_UNINITIALIZE", "driver_refused"),
     107000: Meaning("ACL_ERROR_RT_PARAM_INVALID", "driver_refused"),
@@ -49,10 +56,8 @@ REFUSALS: Final[dict[int, Meaning]] = {
     207004: Meaning("ACL_ERROR_RT_NO_DEVICE", "no_device"),
     207006: Meaning("ACL_ERROR_RT_NO_PERMISSION", "not_admitted"),
     207018: Meaning("ACL_ERROR_RT_DEVICE_OOM", "does_not_fit"),
-    507010: Meaning("ACL_ERROR_RT_LOST_HEARTBEAT", "driver_failed"),
-    507013: Meaning("ACL_ERROR_RT_SYS_DMA", "driver_failed"),
-    507053: Meaning("ACL_ERROR_RT_DEVICE_MEM_ERROR", "driver_failed"),
     507899: Meaning("ACL_ERROR_RT_DRV_INTERNAL_ERROR", "driver_refused"),
+    **{number: Meaning(name, "driver_failed") for number, name in LOST.items()},
 }
 
 
@@ -116,6 +121,7 @@ NEWER_CALLS: Final[dict[str, tuple[Any, ...]]] = {
 }
 # Its argument is a device's number as this process has it, whatever the name says (the call's page, CANN 9.1).
 IDENTITY_CALLS: Final[dict[str, tuple[Any, ...]]] = {"aclrtGetPhyDevIdByLogicDevId": (c_int32, POINTER(c_int32))}
+WORDS: Final[dict[str, tuple[Any, ...]]] = {"aclGetRecentErrMsg": ()}
 _HINT: Final = "install CANN's runtime and its driver, and source CANN's set_env.sh, which puts it on LD_LIBRARY_PATH"
 UNREACHED: Final = "name NPUs in --devices that can"  # no other exchange helps: nothing can be copied between them
 
@@ -126,7 +132,7 @@ class _AclDriver(Driver):
 
     def __init__(self, path: str) -> None:
         """Raises DeviceError no_driver; no_device where the driver sees none."""
-        super().__init__(Library(path, CALLS, NEWER_CALLS | IDENTITY_CALLS, REFUSALS, _HINT))
+        super().__init__(Library(path, CALLS, NEWER_CALLS | IDENTITY_CALLS, REFUSALS, _HINT, WORDS), LOST)
         self._streams: dict[int, int] = {}  # of each device that is open
         self._thread = threading.local()
         self._peers: set[tuple[int, int]] = set()
@@ -146,13 +152,11 @@ class _AclDriver(Driver):
             text = f"there is no npu:{device}: the driver shows {shown} (ASCEND_RT_VISIBLE_DEVICES)"
             raise DeviceError(text, code="no_device")
 
-    def open(self, device: int) -> None:
-        if device not in self._streams:
-            self.check(device)
-            self._set(device)
-            stream = c_void_p()
-            self.library.call("aclrtCreateStream", byref(stream))
-            self._streams[device] = stream.value or 0
+    def _open(self, device: int) -> None:
+        self._set(device)
+        stream = c_void_p()
+        self.library.call("aclrtCreateStream", byref(stream))
+        self._streams[device] = stream.value or 0
 
     def identity(self, device: int) -> str:
         """The number that the machine gives the NPU, also in a container."""
@@ -266,7 +270,7 @@ class _AclDriver(Driver):
         self._set(device)
         self.library.call("aclrtMemset", address, nbytes, 0, nbytes)
 
-    def copy(self, device: int, parts: Sequence[CopyPart]) -> int:
+    def _copy(self, device: int, parts: Sequence[CopyPart]) -> int:
         self._set(device)
         stream, event = self._streams[device], c_void_p()
         for part in parts:
@@ -317,10 +321,9 @@ class _AclDriver(Driver):
         self._set(device)
         self.library.call("aclrtDestroyEvent", event)
 
-    def synchronize(self) -> None:
-        for device in self._streams:
-            self._set(device)
-            self.library.call("aclrtSynchronizeDevice")
+    def drain(self, device: int) -> None:
+        self._set(device)
+        self.library.call("aclrtSynchronizeDevice")
 
 
 class AscendDevice(AcceleratorDevice):
@@ -363,12 +366,12 @@ class AscendDevice(AcceleratorDevice):
         self._check_open()
         self._importers = tuple(importers)
         keys = [handle.backing.shared for handle in self._local if handle.backing.shared is not None]
-        self._driver.admit(self._index, keys, self._importers)
+        self._ask(self._driver.admit, keys, self._importers)
 
     def _admit_to(self, handle: Handle, importers: Sequence[int]) -> None:
         shared = handle.backing.shared
         assert shared is not None, "it has been exported"
-        self._driver.admit(self._index, [shared], importers)
+        self._attempt(self._driver.admit, [shared], importers)  # who has it mapped has it still
 
     def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Memory:
         text = f"{space}: ({place}, {nbytes}) cannot be taken over: only who made an NPU's memory can share it"
@@ -377,9 +380,9 @@ class AscendDevice(AcceleratorDevice):
     def _export(self, handle: Handle) -> KeyToken:
         memory: Memory = handle.backing
         if memory.shared is None:
-            memory.shared = self._driver.export(self._index, memory.number)
+            memory.shared = self._ask(self._driver.export, memory.number)
             if self._importers:
-                self._driver.admit(self._index, [memory.shared], self._importers)
+                self._ask(self._driver.admit, [memory.shared], self._importers)
         return KeyToken(memory.shared, handle.nbytes)
 
     def _identity(self, token: Token) -> Hashable:
@@ -389,7 +392,7 @@ class AscendDevice(AcceleratorDevice):
     def _import(self, token: Token) -> tuple[Memory, bool]:
         assert isinstance(token, KeyToken), "import_ has looked"
         try:
-            return Memory(self._driver.import_(self._index, token.key)), True
+            return Memory(self._ask(self._driver.import_, token.key)), True
         except DeviceError as error:
             if error.code != "driver_refused":
                 raise

@@ -34,9 +34,10 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from elasticmoe.common.devices.driver import MemoryInfo
+from elasticmoe.common.devices.driver import Lost, MemoryInfo
 from elasticmoe.common.devices.handles import Handles
 from elasticmoe.common.devices.rules import Completion, FdToken, Handle, KeyToken, ProcessRules, Range, Space, Token
 from elasticmoe.common.devices.torch_devices import open_torch
@@ -59,6 +60,23 @@ class Device(Handles):
         """What the driver says of the memory of device `index`, which this process opens for it; None where a device's
         memory is the machine's. Raises DeviceError no_driver, no_device."""
         return None
+
+    @classmethod
+    def give_up(cls, index: int, reason: str) -> None:
+        """Use device `index` no more in this process, which could not open it. `open_device` makes it all the same, and
+        its owner can take over by name what a predecessor recorded of it; whatever needs the device raises."""
+
+    @property
+    def failure(self) -> str:
+        """Why this process cannot use the device any more, as its driver has said; empty where it can. What is there
+        can still be unmapped and released: that is only noted, and the driver gives all back when the process ends.
+        Whatever else needs the device raises DeviceError driver_failed."""
+        return ""
+
+    def check_usable(self) -> None:
+        """Raise DeviceError driver_failed where there is a `failure`."""
+        if self.failure:
+            raise Lost(f"{self.name} cannot be used: {self.failure}")
 
     # ---- Hardware
 
@@ -216,7 +234,7 @@ class Device(Handles):
         """Begin to copy parts (destination, source, bytes), of this device or to it. No two may overlap, and nothing of
         them may be unmapped or relied on before the completion says that all is done; a backend may be done at once.
 
-        Raises as `copy` does, and then nothing was begun.
+        Raises as `copy` does. Nothing is in flight then; where a driver refuses a part, those before it are done.
         """
         self._check_open()
         for dst, src, nbytes in parts:
@@ -257,18 +275,23 @@ class Device(Handles):
         """Wait until no operation of this process on the device is in flight."""
 
     def close(self) -> None:
-        """Give everything back, mapped or not; for the process's end and for tests. Idempotent."""
+        """Give everything back, mapped or not; for the process's end and for tests. Idempotent. Where the driver
+        refuses to take something back, all else is given back first: then it raises that DeviceError."""
         if self._is_closed:
             return
-        self.fence()
-        for range_ in list(self._ranges):
-            range_.is_live = False
-            self._rules.drop_range(range_)
-            self._unreserve(range_)
-        for identity in self._imports.values():
-            self._rules.drop_import(identity)
-        self._close()
         self._is_closed = True
+        with ExitStack() as ends:  # the last one comes first, and all of them, whatever others raise
+            ends.callback(self._close)
+            for identity in self._imports.values():
+                ends.callback(self._rules.drop_import, identity)
+            for range_ in self._ranges:
+                ends.callback(self._end_range, range_)
+            ends.callback(self.fence)
+
+    def _end_range(self, range_: Range) -> None:
+        range_.is_live = False
+        self._rules.drop_range(range_)
+        self._unreserve(range_)
 
     # ---- Checks
 

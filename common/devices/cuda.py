@@ -18,13 +18,14 @@ import os
 import secrets
 import uuid
 from collections.abc import Hashable, Mapping, Sequence
-from ctypes import POINTER, byref, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_ushort, c_void_p
+from contextlib import suppress
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_ulonglong, c_ushort, c_void_p
 from typing import Any, ClassVar, Final
 
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
-from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning, MemoryInfo
+from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Lost, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import FdToken, Handle, Space, Token
-from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.protocol.errors import DeviceError, Unavailable
 from elasticmoe.common.wording import counted
 
 _DESCRIPTOR: Final = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
@@ -51,7 +52,15 @@ REFUSALS: Final[dict[int, Meaning]] = {
     803: Meaning("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "no_driver"),
     999: Meaning("CUDA_ERROR_UNKNOWN", "driver_failed"),
 }
-_UNKNOWN: Final = 999
+LOST: Final[dict[int, str]] = {  # answers after which a process cannot use the device any more
+    214: "CUDA_ERROR_ECC_UNCORRECTABLE",
+    220: "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    226: "CUDA_ERROR_CONTAINED",
+    700: "CUDA_ERROR_ILLEGAL_ADDRESS",
+    709: "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    719: "CUDA_ERROR_LAUNCH_FAILED",
+}
+_OPERATING_SYSTEM, _UNKNOWN = 304, 999
 
 
 class _CudaLocation(ctypes.Structure):
@@ -124,6 +133,10 @@ _Uuid = c_ubyte * 16  # CUuuid
 NEWER_CALLS: Final[dict[str, tuple[Any, ...]]] = {  # of CUDA 11.4
     "cuDeviceGetUuid_v2": (POINTER(_Uuid), c_int),
 }
+WORDS: Final[dict[str, tuple[Any, ...]]] = {  # of CUDA 6.0
+    "cuGetErrorName": (c_int, POINTER(c_char_p)),
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+}
 _HINT: Final = "install NVIDIA's driver; in a container, start it with the NVIDIA container toolkit"
 
 
@@ -134,7 +147,7 @@ class _CudaDriver(Driver):
 
     def __init__(self, path: str) -> None:
         """Raises DeviceError no_driver; no_device where the driver sees none."""
-        super().__init__(Library(path, CALLS, NEWER_CALLS, REFUSALS, _HINT))
+        super().__init__(Library(path, CALLS, NEWER_CALLS, REFUSALS, _HINT, WORDS), LOST)
         self._contexts: dict[int, int] = {}  # of each device that is open
         self._streams: dict[int, int] = {}
         self._narrows = True  # until the driver says that it cannot
@@ -159,15 +172,13 @@ class _CudaDriver(Driver):
             if not has.value:
                 raise DeviceError(f"cuda:{device} has no {what}, which its driver would need", code="no_device")
 
-    def open(self, device: int) -> None:
-        if device not in self._contexts:
-            self.check(device)
-            context, stream = c_void_p(), c_void_p()
-            self.library.call("cuDevicePrimaryCtxRetain", byref(context), device)
-            self._contexts[device] = context.value or 0
-            self._set(device)
-            self.library.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
-            self._streams[device] = stream.value or 0
+    def _open(self, device: int) -> None:
+        context, stream = c_void_p(), c_void_p()
+        self.library.call("cuDevicePrimaryCtxRetain", byref(context), device)
+        self._contexts[device] = context.value or 0
+        self._set(device)
+        self.library.call("cuStreamCreate", byref(stream), _NON_BLOCKING)
+        self._streams[device] = stream.value or 0
 
     def identity(self, device: int) -> str:
         """The UUID of the GPU, or of the part that MIG has made of one."""
@@ -229,9 +240,14 @@ class _CudaDriver(Driver):
         self.library.call("cuMemUnmap", address, nbytes)
 
     def export(self, handle: int) -> int:
-        """A descriptor of the handle's memory, the caller's to close."""
-        fd = c_int()
-        self.library.call("cuMemExportToShareableHandle", byref(fd), handle, _DESCRIPTOR, 0)
+        """A descriptor of the handle's memory, the caller's to close. Raises Unavailable no_descriptors at the limit of
+        open files."""
+        fd, call = c_int(), "cuMemExportToShareableHandle"
+        if answer := self.library.ask(call, byref(fd), handle, _DESCRIPTOR, 0):
+            if answer == _OPERATING_SYSTEM:  # the one thing that this call asks of it is a descriptor
+                text = f"no descriptor is left to share memory by: {call} answers {answer}, {REFUSALS[answer].name}"
+                raise Unavailable(text, code="no_descriptors")
+            self.library.refuse(call, answer)
         return fd.value
 
     def import_(self, fd: int) -> int:
@@ -249,7 +265,7 @@ class _CudaDriver(Driver):
         self.library.call("cuMemsetD8_v2", address, 0, nbytes)
         self.library.call("cuCtxSynchronize")
 
-    def copy(self, device: int, parts: Sequence[CopyPart]) -> int:
+    def _copy(self, device: int, parts: Sequence[CopyPart]) -> int:
         self._set(device)
         stream, event = self._streams[device], c_void_p()
         for dst, src, nbytes, dst_device, src_device in parts:
@@ -283,10 +299,9 @@ class _CudaDriver(Driver):
     def forget(self, device: int, event: int) -> None:
         self.library.call("cuEventDestroy_v2", event)
 
-    def synchronize(self) -> None:
-        for device in self._contexts:
-            self._set(device)
-            self.library.call("cuCtxSynchronize")
+    def drain(self, device: int) -> None:
+        self._set(device)
+        self.library.call("cuCtxSynchronize")
 
 
 class CudaDevice(AcceleratorDevice):
@@ -302,14 +317,18 @@ class CudaDevice(AcceleratorDevice):
         return _CudaDriver(cls.library)
 
     def descriptors(self) -> Mapping[str, int]:
-        """One of each settled handle: its memory is there as long as somebody has it."""
+        """One of each settled handle: its memory is there as long as somebody has it. Of a device that has failed,
+        those that had been made."""
         settled = [handle for handle in self._local if handle.state == "settled" and handle.space is not None]
+        if self.failure:
+            settled = [handle for handle in settled if handle.backing.shared is not None]
         return {_name(one.space or "kv", one.place, one.nbytes, one.key): self._descriptor(one) for one in settled}
 
     def _descriptor(self, handle: Handle) -> int:
         memory: Memory = handle.backing
         if memory.shared is None:
-            memory.shared = self._driver.export(memory.number)
+            with self._using():
+                memory.shared = self._driver.export(memory.number)
             os.set_inheritable(memory.shared, False)
         return memory.shared
 
@@ -321,7 +340,9 @@ class CudaDevice(AcceleratorDevice):
         name = _name(space, place, nbytes, key)
         if name not in self._kept:
             raise self._broken(f"there is no descriptor of {name}", code="invalid_extent")
-        memory = Memory(self._driver.import_(self._kept[name]))
+        memory = Memory(0)
+        with suppress(Lost), self._using():  # of a device that has failed, what is kept is the descriptor
+            memory.number = self._driver.import_(self._kept[name])
         memory.shared = self._kept.pop(name)
         self._made[space] += nbytes
         return memory
@@ -347,7 +368,8 @@ class CudaDevice(AcceleratorDevice):
         if token.offset:
             raise self._broken(f"a handle is shared whole, not from {token.offset}", code="invalid_token")
         try:
-            return Memory(self._driver.import_(token.fd)), True
+            with self._using():
+                return Memory(self._driver.import_(token.fd)), True
         except DeviceError as error:
             if error.code != "driver_refused":
                 raise

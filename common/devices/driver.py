@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Final, NamedTuple, NoReturn
 
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+
+_TOLD_CHARS_MAX: Final = 300  # of a loader's or a driver's own words
 
 
 class Meaning(NamedTuple):
@@ -19,6 +22,12 @@ class Meaning(NamedTuple):
 
     name: str
     code: str
+
+
+class Lost(DeviceError):
+    """A device's driver has said that this process cannot use it any more."""
+
+    code = "driver_failed"
 
 
 class CopyPart(NamedTuple):
@@ -39,7 +48,9 @@ class MemoryInfo(NamedTuple):
 
 
 class Library:
-    """A vendor's library. `calls`: the types of each call's arguments; `optional`: those that only newer ones have.
+    """A vendor's library. `calls`: the types of each call's arguments; `optional`: those that only newer ones have;
+    `words`: calls by which it says what an error is, if it has them. One with arguments takes the error's number and a
+    place for the text, and answers as all do; one without returns the text of the last error.
 
     Raises DeviceError no_driver where it cannot be loaded, or lacks a call.
     """
@@ -51,14 +62,18 @@ class Library:
         optional: Mapping[str, Sequence[Any]],
         refusals: Mapping[int, Meaning],
         hint: str,
+        words: Mapping[str, Sequence[Any]],
     ) -> None:
         self.path = path
         self._refusals = refusals
         self._calls: dict[str, Any] = {}
+        self._words: list[Any] = []
+        self.lost: frozenset[int] = frozenset()  # answers that are a Lost
         try:
             library = ctypes.CDLL(path)
-        except OSError:
-            raise DeviceError(f"the driver's library {path} cannot be loaded: {hint}", code="no_driver") from None
+        except OSError as error:  # the loader names the library that it misses: it may be one that this one needs
+            text = f"the driver's library {path} cannot be loaded: {hint} ({_line(str(error))})"
+            raise DeviceError(text, code="no_driver") from None
         for name, types in (*calls.items(), *optional.items()):
             call = getattr(library, name, None)
             if call is None and name in calls:
@@ -66,6 +81,10 @@ class Library:
             if call is not None:
                 call.argtypes, call.restype = list(types), ctypes.c_int
                 self._calls[name] = call
+        for name, types in words.items():
+            if (call := getattr(library, name, None)) is not None:
+                call.argtypes, call.restype = list(types), ctypes.c_int if types else ctypes.c_char_p
+                self._words.append(call)
 
     def has(self, name: str) -> bool:
         """Whether this library has the optional call `name`."""
@@ -76,34 +95,79 @@ class Library:
         return int(self._calls[name](*args))
 
     def call(self, name: str, *args: Any) -> None:
-        """Make a call. Raises DeviceError with the code of its refusal, or DoesNotFit where memory is short."""
+        """Make a call. Raises DeviceError with the code of its refusal, Lost among them, or DoesNotFit where memory is
+        short."""
         answer = self._calls[name](*args)
         if answer:
             self.refuse(name, answer)
 
     def refuse(self, name: str, answer: int) -> NoReturn:
         """Raise what the driver's `answer` to the call `name` means."""
-        refusal = self._refusals.get(answer, Meaning("an error that is not known here", "driver_failed"))
+        words = self._in_words(answer)  # each time: AscendCL keeps a text until somebody has taken it
+        refusal = self._refusals.get(answer) or Meaning(words, "driver_failed")
         text = f"{name} answers {answer}, {refusal.name}"
         if refusal.code == DoesNotFit.code:
             raise DoesNotFit(f"the device's memory is short: {text}")
-        raise DeviceError(text, code=refusal.code)
+        raise Lost(text) if answer in self.lost else DeviceError(text, code=refusal.code)
+
+    def _in_words(self, answer: int) -> str:
+        """What the library says of an error."""
+        told = []
+        for call in self._words:
+            if call.argtypes:
+                text = ctypes.c_char_p()
+                said = None if call(answer, ctypes.byref(text)) else text.value
+            else:
+                said = call()
+            told.append(_line((said or b"").decode(errors="replace")))
+        return ": ".join(filter(None, told)) or "an error that is not known here"
+
+
+def _line(text: str) -> str:
+    """On one line, of bounded length."""
+    return " ".join(text.split())[:_TOLD_CHARS_MAX]
 
 
 class Driver(ABC):
     """One vendor's driver in this process, of all its devices there, which are known by their numbers. Any thread may
-    ask for anything. Every method raises DeviceError, as `Library.call` does."""
+    ask for anything. Every method raises DeviceError, as `Library.call` does.
 
-    def __init__(self, library: Library) -> None:
+    `lost`: by number, the vendor's errors after which a process cannot use a device any more. `failures`: of devices
+    that have failed in this process, what was said then; nothing is asked about them any more.
+    """
+
+    def __init__(self, library: Library, lost: Mapping[int, str]) -> None:
         self.library = library
+        library.lost = frozenset(lost)
+        self.failures: dict[int, str] = {}
+        self._opened: list[int] = []
+
+    @contextmanager
+    def noting(self, device: int) -> Iterator[None]:
+        """Remember that a device has failed, where what is asked about it says so."""
+        try:
+            yield
+        except Lost as error:
+            self.fail(device, error.message)
+            raise
+
+    def fail(self, device: int, reason: str) -> None:
+        """A device cannot be used any more, for that reason or an earlier one."""
+        self.failures.setdefault(device, reason)
 
     @abstractmethod
     def check(self, device: int) -> None:
         """Whether there is such a device, without a touch of it. Raises DeviceError no_device."""
 
-    @abstractmethod
     def open(self, device: int) -> None:
         """Make a device usable in this process. Idempotent. Raises DeviceError no_device where there is none."""
+        if device not in self._opened:
+            self.check(device)
+            self._open(device)
+            self._opened.append(device)
+
+    @abstractmethod
+    def _open(self, device: int) -> None: ...
 
     @abstractmethod
     def identity(self, device: int) -> str:
@@ -154,9 +218,18 @@ class Driver(ABC):
     def zero(self, device: int, address: int, nbytes: int) -> None:
         """Fill with zeros; done when it returns."""
 
-    @abstractmethod
     def copy(self, device: int, parts: Sequence[CopyPart]) -> int:
-        """Begin to copy, to the device or from it; an event."""
+        """Begin to copy, to the device or from it; an event. Where that is refused, nothing of it is in flight any
+        more: waits for what was asked for before it was."""
+        try:
+            return self._copy(device, parts)
+        except BaseException:
+            with suppress(DeviceError):  # of a device that has failed, nothing is
+                self.drain(device)
+            raise
+
+    @abstractmethod
+    def _copy(self, device: int, parts: Sequence[CopyPart]) -> int: ...
 
     @abstractmethod
     def to_device(self, device: int, address: int, source: int, nbytes: int) -> None:
@@ -179,5 +252,19 @@ class Driver(ABC):
         """End an event."""
 
     @abstractmethod
+    def drain(self, device: int) -> None:
+        """Return when no operation of this process is in flight on the device."""
+
     def synchronize(self) -> None:
-        """Return when no operation of this process is in flight on any of its devices."""
+        """Return when no operation of this process is in flight on any of its devices. Of one that has failed, nothing
+        is: one whose driver says so only now keeps nobody from using the others."""
+        for device in self._opened:
+            if device in self.failures:
+                continue
+            try:
+                with self.noting(device):
+                    self.drain(device)
+            except DeviceError as error:
+                if error.code != "driver_failed":
+                    raise
+                self.fail(device, error.message)  # whatever its number: a call without arguments is about the device

@@ -40,6 +40,10 @@ class DeviceBackend(Protocol):
         """As Device has it."""
         ...
 
+    def give_up(self, index: int, reason: str) -> None:
+        """As Device has it."""
+        ...
+
     def check_torch(self) -> None:
         """As Device has it."""
         ...
@@ -109,6 +113,12 @@ def memory_of(names: Iterable[str]) -> dict[str, MemoryInfo]:
     devices = {name: DeviceId.parse(name) for name in names}
     told = {name: backend_of(device.backend).memory(device.index) for name, device in devices.items()}
     return {name: memory for name, memory in told.items() if memory is not None}
+
+
+def give_up(name: str, reason: str) -> None:
+    """Use the device called `name` no more in this process, which could not open it: see Device."""
+    device = DeviceId.parse(name)
+    backend_of(device.backend).give_up(device.index, reason)
 
 
 def granularity_of(devices: DeviceCount, asked: int) -> int:

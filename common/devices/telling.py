@@ -33,7 +33,7 @@ def ask_driver(kind: str) -> Told:
     backend = backend_of(kind)
     if not (isinstance(backend, type) and issubclass(backend, AcceleratorDevice)):
         raise DeviceError(f"devices of {kind} have no driver", code="no_driver")
-    library = Library(backend.library, {}, CALLS[kind], {}, "")
+    library = Library(backend.library, {}, CALLS[kind], {}, "", {})
     return Told(backend.library, _cuda_version(library) if kind == "cuda" else _acl_version(library))
 
 

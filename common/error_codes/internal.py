@@ -17,7 +17,7 @@ INTERNAL: dict[str, Code] = {
     ),
     "descriptors_cut": Code("A process has no room for descriptors that it was sent", "Raise its limit of open files"),
     "no_descriptors": Code(
-        "A connection was closed: no descriptor is left",
+        "No descriptor is left: a connection was closed, or memory could not be shared",
         "Raise its limit of open files",
         is_retryable=True,
     ),

@@ -36,7 +36,14 @@ from elasticmoe.services.hmm.memory.blocks import check_ranks
 from elasticmoe.services.hmm.memory.catalog import Loaded, layouts
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.sessions.attachments import Attached
-from elasticmoe.services.hmm.sessions.handles import attach_reply, full_view, replica_devices, seat_for, seat_memory
+from elasticmoe.services.hmm.sessions.handles import (
+    Importer,
+    attach_reply,
+    full_view,
+    replica_devices,
+    seat_for,
+    seat_memory,
+)
 from elasticmoe.services.hmm.sessions.membership import Membership, slots_of_mask
 from elasticmoe.services.hmm.status import Loading, hmm_status
 from elasticmoe.services.hmm.transition.transition import Transitions
@@ -78,6 +85,7 @@ class Hmm:
         self._loading = Loading()
         self._signals = StopSignals(self.stop)
         self._watched: set[int] = set()
+        self._failed: set[str] = set()  # devices of which that was logged
         self._is_stopping = False
 
     # ---- Life
@@ -107,6 +115,7 @@ class Hmm:
     def adopt(self) -> None:
         """Go on with what the keeper holds, and let ranks attach."""
         self._holdings.start()
+        self._notice_failures()
         self._transitions.adopt()
         self._attachments.open()
 
@@ -132,6 +141,7 @@ class Hmm:
     def turn(self, ready: set[int]) -> None:
         """Take what has come, and do what can be done now. Does not wait. `ready`: descriptors that are readable."""
         self._background.finish()
+        self._notice_failures()
         for attached in self._attachments.take(ready):
             self._on_death(attached)
         if self._parking.fileno() in ready:
@@ -149,6 +159,12 @@ class Hmm:
         if not self._loading.is_at_work:
             self._supply.give_back_leftovers()
         self._large_pages.turn(is_loading=self._loading.is_at_work)
+
+    def _notice_failures(self) -> None:
+        for name, memory in self._holdings.memories.items():
+            if memory.device.failure and name not in self._failed:
+                self._failed.add(name)
+                self._log.error("device cannot be used", device=name, reason=memory.device.failure)
 
     def _watch(self) -> None:
         wanted = {self._signals.fileno(), self._background.fileno(), *self._attachments.fds()}
@@ -330,8 +346,10 @@ class Hmm:
             assert loaded is not None, "a seat is of a loaded model"
             memory = self._holdings.memories[seat.device]
             memory.device.admit([request.importer])
-            handed = seat_memory(full_view(memory, loaded, transition), memory, self._holdings, request.importer)
+            importer = Importer(request.importer)
+            handed = seat_memory(full_view(memory, loaded, transition), memory, self._holdings, importer)
             attached = self._attachments.admit(channel, request, *attach_reply(memory, self._holdings))
+            attached.importer = importer  # it knows what this one was admitted to
             self._attachments.update(attached, *handed)
         except ElasticMoEError as error:
             self._log.warning("attach refused", slot=request.slot, code=error.code, reason=error.message)

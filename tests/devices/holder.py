@@ -1,9 +1,12 @@
-"""A process that holds memory of a stand-in device: `python -m tests.devices.holder KIND LIBRARY`. It does what each
-line of its input says, a JSON array, and answers with one: until it is killed."""
+"""A process that holds memory of a stand-in device: `python -m tests.devices.holder KIND LIBRARY SOCKET`. It does what
+each line of its input says, a JSON array, and answers with one: until it is killed. Descriptors go by the socket
+with that number."""
 
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from elasticmoe.common.devices.base import Device, Handle, KeyToken, Range
+from elasticmoe.common.devices.base import Device, FdToken, Handle, KeyToken, Range, Token
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from tests.devices import standins
 
@@ -21,8 +24,8 @@ PAGE = standins.GRANULARITY
 class Held:
     """The orders that a holder knows, each a method."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    def __init__(self, device: Device, descriptors: socket.socket) -> None:
+        self.device, self.descriptors = device, descriptors
         self.handle: Handle | None = None
         self.range: Range | None = None
 
@@ -31,18 +34,24 @@ class Held:
         return self.device.importer_number(0)
 
     def share(self, text: str, importer: int) -> int:
-        """Make a handle with a text in it, and the number to import it by."""
+        """Make a handle with a text in it, and the key to import it by. Its descriptor, if it has one, is sent."""
         self.handle = self.device.create(PAGE, "kv")
         self._map()
         self.device.write_bytes(self._address(), text.encode())
         self.device.admit([importer])
         token = self.device.export(self.handle)
-        assert isinstance(token, KeyToken)
+        if isinstance(token, FdToken):
+            socket.send_fds(self.descriptors, [b"."], [token.fd])
         return token.key
 
     def take(self, key: int) -> None:
-        """Import a handle and map it."""
-        self.handle = self.device.import_(KeyToken(key, PAGE))
+        """Import a handle and map it. Its descriptor, if it has one, has been sent."""
+        token: Token = KeyToken(key, PAGE)
+        if self.device.token_kind is FdToken:
+            token = FdToken(received(self.descriptors), 0, PAGE, key)
+        self.handle = self.device.import_(token)
+        if isinstance(token, FdToken):
+            os.close(token.fd)
         self._map()
 
     def read(self, nbytes: int) -> str:
@@ -59,14 +68,23 @@ class Held:
         return self.range.base
 
 
+def received(descriptors: socket.socket) -> int:
+    """The descriptor that has been sent, the caller's to close."""
+    _, (fd,), _, _ = socket.recv_fds(descriptors, 1, 1)
+    return fd
+
+
 class Holder:
     """The parent's end of one."""
 
     def __init__(self, kind: str, library: Path, settings: Mapping[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.devices.holder", kind, str(library)]
-        root = Path(__file__).parent.parent.parent
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, cwd=root, env=dict(settings), stdin=pipe, stdout=pipe, text=True)
+        root, pipe = Path(__file__).parent.parent.parent, subprocess.PIPE
+        self._descriptors, theirs = socket.socketpair()
+        with theirs:
+            command = [sys.executable, "-m", "tests.devices.holder", kind, str(library), str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, cwd=root, env=dict(settings), stdin=pipe, stdout=pipe, text=True, pass_fds=[theirs.fileno()]
+            )
 
     def __enter__(self) -> Holder:
         return self
@@ -83,15 +101,26 @@ class Holder:
         assert "error" not in answer, answer["error"]
         return answer["value"]
 
+    def receive(self) -> int:
+        """The descriptor of what it has shared, the caller's to close."""
+        return received(self._descriptors)
+
+    def send(self, fd: int) -> None:
+        """Before it takes what a descriptor is of."""
+        socket.send_fds(self._descriptors, [b"."], [fd])
+
     def kill(self) -> None:
-        """With SIGKILL; its memory is as it is then."""
+        """With SIGKILL; its memory is as it is then. Idempotent."""
         self._process.kill()
         self._process.communicate()
+        self._descriptors.close()
 
 
 def main() -> None:
     """Do as the input says."""
-    held = Held(standins.device_class(sys.argv[1], Path(sys.argv[2]))(f"{sys.argv[1]}:0", PAGE, 8 * PAGE))
+    kind, library, number = sys.argv[1:]
+    device = standins.device_class(kind, Path(library))(f"{kind}:0", PAGE, 8 * PAGE)
+    held = Held(device, socket.socket(fileno=int(number)))
     for line in sys.stdin:
         name, *args = json.loads(line)
         try:

@@ -60,15 +60,22 @@ def declarations(wheel: vendor.Headers = vendor.OPERATORS[0]) -> dict[str, str]:
     return found
 
 
-@contextmanager
-def defined() -> Iterator[None]:
-    """torch has the operators that are computed here, as they are declared, for tensors of the CPU."""
+def define() -> torch.library.Library:
+    """Let torch have the operators that are computed here, as they are declared, for tensors of the CPU: as long as
+    there is what is returned. Skips the test as `declarations` does."""
     known = declarations()
     library = torch.library.Library("npu", "FRAGMENT")
+    for name, function in COMPUTED.items():
+        library.define(known[name])
+        library.impl(name, _with_defaults(known[name], function), "CPU")
+    return library
+
+
+@contextmanager
+def defined() -> Iterator[None]:
+    """torch has them meanwhile."""
+    library = define()
     try:
-        for name, function in COMPUTED.items():
-            library.define(known[name])
-            library.impl(name, _with_defaults(known[name], function), "CPU")
         yield
     finally:
         library._destroy()  # type: ignore[no-untyped-call]

@@ -77,16 +77,26 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def environment(kind: str) -> dict[str, str]:
-    """What lets Python processes have devices of the `kind` on stand-ins, in the present memory."""
+def environment(kind: str, *, operators: bool = False) -> dict[str, str]:
+    """What lets Python processes have devices of the `kind` on stand-ins, in the present memory. `operators`: and torch
+    those of NPUs (npu_operators.py)."""
     library(kind)  # once: a whole deployment's processes would wait for the compiler, and cannot skip a test
-    return {"STANDIN_KIND": kind, "PYTHONPATH": os.pathsep.join((str(SITE), str(vendor.ROOT)))}
+    made = {"STANDIN_KIND": kind, "PYTHONPATH": os.pathsep.join((str(SITE), str(vendor.ROOT)))}
+    if operators:
+        vendor.headers(vendor.OPERATORS[0])
+        made["STANDIN_OPERATORS"] = "1"
+    return made
 
 
-def install(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def install(kind: str, monkeypatch: pytest.MonkeyPatch, *, operators: bool = False) -> None:
     """Give the Python processes that the test starts the environment of the `kind`."""
-    for name, value in environment(kind).items():
+    for name, value in environment(kind, operators=operators).items():
         monkeypatch.setenv(name, value)
+
+
+def lose(folder: Path, device: int) -> None:
+    """Take a device away: from now on its driver says in every process that it is lost."""
+    (folder / f"lost.{device}").touch()
 
 
 def used(kind: str, folder: Path) -> list[int]:

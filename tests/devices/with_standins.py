@@ -23,7 +23,7 @@ def main() -> int:
         print(f"usage: python -m tests.devices.with_standins {'|'.join(standins.KINDS)} COMMAND...", file=sys.stderr)
         return 2
     with pytest.MonkeyPatch.context() as monkeypatch, standins.memory(monkeypatch) as folder:
-        standins.install(kind, monkeypatch)
+        standins.install(kind, monkeypatch, operators="torch_npu" in " ".join(command))
         process = subprocess.Popen(command)
         while True:
             try:

@@ -15,7 +15,7 @@ from elasticmoe.common.protocol.handles import Attach, SeatMemory
 from elasticmoe.common.protocol.replies import Refused, refusal
 from elasticmoe.services.hmm.memory.blocks import BlockCopies
 from elasticmoe.services.hmm.memory.transfer import Transfer
-from elasticmoe.services.hmm.sessions.handles import Offer, shares
+from elasticmoe.services.hmm.sessions.handles import Importer, Offer, shares
 from tests.sim.heap import Sim
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Attached:
     def __init__(self, channel: Channel, request: Attach) -> None:
         self.channel = channel
         self.rank, self.slot, self.device = request.rank, request.slot, request.device
-        self.incarnation, self.importer = request.incarnation, request.importer
+        self.incarnation, self.importer = request.incarnation, Importer(request.importer)
         self.sent = SeatMemory(0, (), (), (), (), ())
         self.shared: set[int] = set()
         self.applied = 0
@@ -187,9 +187,9 @@ class Attachments:
         """See elasticmoe.services.hmm.sessions.attachments."""
         channel.tell(refusal(error))
 
-    def share(self, attached: Attached, tell: Callable[[int], tuple[SeatMemory, Offer]]) -> None:
+    def share(self, attached: Attached, tell: Callable[[Importer], tuple[SeatMemory, Offer]]) -> None:
         """See elasticmoe.services.hmm.sessions.attachments."""
-        self.update(attached, *tell(0))
+        self.update(attached, *tell(attached.importer))
 
     def update(self, attached: Attached, seat: SeatMemory, offer: Offer) -> None:
         """See elasticmoe.services.hmm.sessions.attachments."""

@@ -17,7 +17,7 @@ from elasticmoe.common.layout import ExchangeKind
 from elasticmoe.native.bus import Bus, bus_bytes, format_bus
 from elasticmoe.services.worker.backends.base import ComputeBackend
 from elasticmoe.services.worker.exchange.base import Exchange
-from elasticmoe.services.worker.exchange.groups import BY_DEVICE, Groups
+from elasticmoe.services.worker.exchange.groups import Groups
 from elasticmoe.services.worker.exchange.mailbox import Mailbox, MailboxExchange
 from elasticmoe.services.worker.exchange.shm import ShmExchange
 from elasticmoe.services.worker.exchange.torch_dist import TorchDistExchange
@@ -66,7 +66,7 @@ class Host:
         if kind == "mailbox":
             return MailboxExchange(bus, num_experts, backend, self.mailboxes, replica)
         if kind == "torch_dist":
-            groups = Groups(self._folder / "rendezvous", "memory", bus.slot, BY_DEVICE["cpu"])
+            groups = Groups(self._folder / "rendezvous", "memory", bus.slot, backend.device)
             self._groups.append(groups)
             return TorchDistExchange(bus, num_experts, backend, groups, replica)
         return ShmExchange(bus, num_experts, backend, replica)

@@ -4,7 +4,10 @@ told, whatever the others do. Its steps run on the stand-ins in tests/procs/test
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -13,11 +16,11 @@ import pytest
 
 from elasticmoe.cli.bench import accel
 from elasticmoe.cli.bench.accel_aims import attach_aim, copies_aim, decode_aim, flip_aim
-from elasticmoe.cli.bench.accel_answers import GreedyAnswer, difference
+from elasticmoe.cli.bench.accel_answers import UNLIKELY, GreedyAnswer, difference
 from elasticmoe.cli.bench.accel_floor import chosen_experts, step_bytes
 from elasticmoe.cli.bench.accel_resize import transition_of
 from elasticmoe.cli.bench.accel_sized import SizedModel
-from elasticmoe.cli.bench.deployment import first_of
+from elasticmoe.cli.bench.deployment import Running, first_of
 from elasticmoe.cli.bench.scaling_figures import Figures
 from elasticmoe.cli.bench.scaling_run import Run
 from elasticmoe.cli.main import main
@@ -26,16 +29,21 @@ from elasticmoe.common.families import parse_spec
 from elasticmoe.common.protocol.errors import DeviceError
 
 
-def answer(tokens: str, *logprobs: float) -> GreedyAnswer:
-    return GreedyAnswer(tuple(tokens), logprobs)
+def answer(tokens: str, *logprobs: float, **likely: float) -> GreedyAnswer:
+    """`likely`: the other tokens that are likely at each place."""
+    return GreedyAnswer(tuple(tokens), logprobs, (likely,) * len(tokens))
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "most", "num_equal"),
     [
         (answer("abc", -1.0, -2.0, -3.0), answer("abc", -1.0, -2.5, -3.0), 0.5, 1),
-        (answer("abc", -1.0, -2.0, -9.0), answer("axy", -1.0, -2.1, -1.0), 0.1, 0),  # what follows is another text
-        (answer("abc", -1.0, -2.0, -9.0), answer("xyz", -4.0, -2.0, -9.0), 3.0, 0),  # no tie: they disagree
+        # What follows is another text.
+        (answer("abc", -1.0, -2.0, -9.0, x=-2.05), answer("axy", -1.0, -2.1, -1.0, b=-2.1), 0.1, 0),
+        # No tie: they disagree of the one token, of the other, or one has not even thought of it.
+        (answer("abc", -1.0, -2.0, -9.0, x=-4.0), answer("xyz", -1.0, -2.0, -9.0, a=-1.0), 3.0, 0),
+        (answer("abc", -1.0, -2.0, -9.0, x=-1.0), answer("xyz", -1.0, -2.0, -9.0, a=-5.0), 4.0, 0),
+        (answer("abc", -1.0, -2.0, -9.0, x=-1.0), answer("xyz", -1.0, -2.0, -9.0), UNLIKELY, 0),
         (answer("a", -1.0), answer("a", -1.0), 0.0, 1),
     ],
 )
@@ -262,3 +270,72 @@ def test_what_does_not_compute_there_is_refused_before_anything_runs(
     assert main(words) != 0
     assert "torch_npu does not compute on cuda:0/2: torch or triton do" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+Answered = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answered:
+    """Runs a step with a compute backend, where deployments give one answer with these logprobs, each time that they
+    are asked; its row, and the settings of the deployments."""
+
+    def run(step: str, compute: str, *logprobs: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        replies, started = iter(logprobs), list[dict[str, Any]]()
+
+        @contextmanager
+        def running(_: str, __: int, *, devices: str = "", **settings: Any) -> Iterator[Running]:
+            started.append(settings | {"devices": devices})
+            yield Running("http://localhost", tmp_path)
+
+        monkeypatch.setattr(accel, "running", running)
+        monkeypatch.setattr(accel, "answers_of", lambda _: [answer("ab", -1.0, next(replies))])
+        monkeypatch.setattr(accel, "subprocess", SimpleNamespace(run=lambda *_, **__: None, DEVNULL=None))
+        words = ["bench", "accel", "--devices", "npu:0-1", "--output", str(tmp_path), "--steps", step]
+        main([*words, "--compute", compute])
+        (row,) = json.loads((tmp_path / "accel-npu.json").read_text())["rows"]
+        return row, started
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("compute", "dtype", "logprob", "result"),
+    [
+        ("torch", "float32", -2.01, "ok"),
+        ("torch", "float32", -2.1, "failed"),
+        ("torch_npu", "bfloat16", -2.1, "ok"),
+        ("torch_npu", "bfloat16", -2.5, "failed"),
+    ],
+)
+def test_parity_is_in_a_dtype_that_computes_there_and_as_near_as_that_can_be(
+    answered: Answered, compute: str, dtype: str, logprob: float, result: str
+) -> None:
+    row, started = answered("parity", compute, logprob, -2.0)
+    assert row["result"] == result
+    assert f"1 of 1 answers have the same tokens in {dtype}" in row["found"]
+    ours, theirs = started
+    assert (ours["devices"], ours["dtype"], ours["compute"]) == ("npu:0", dtype, compute)
+    assert theirs == {"devices": "", "dtype": dtype, "activations": dtype, "compute": "torch"}
+
+
+@pytest.mark.parametrize(
+    ("compute", "logprob", "result", "text"),
+    [
+        ("torch", -2.0, "ok", "0 of 4 answers changed in 4 resizes"),
+        ("torch", -2.0001, "failed", "1 of 4 answers changed in 4 resizes"),
+        ("torch_npu", -2.1, "ok", "1 of 4 answers changed in 4 resizes, logprobs by at most 0.1: no bits are promised"),
+        (
+            "torch_npu",
+            -2.5,
+            "failed",
+            "1 of 4 answers changed in 4 resizes, logprobs by at most 0.5: no bits are promised",
+        ),
+    ],
+)
+def test_bits_are_asked_of_the_oracle_where_they_are_promised(
+    answered: Answered, compute: str, logprob: float, result: str, text: str
+) -> None:
+    """One of its answers changes, after the second resize."""
+    row, _ = answered("oracle", compute, -2.0, -2.0, logprob, -2.0, -2.0)
+    assert (row["result"], row["found"]) == (result, text)

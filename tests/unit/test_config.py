@@ -131,6 +131,7 @@ def test_a_file_that_is_no_toml_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_
         (ScalerConfig, {"replicas": "3"}, "too_few_devices"),
         (ScalerConfig, {"kv_bytes": str(1 << 60)}, "bad_config"),
         (ScalerConfig, {"rank_stall_s": "nan"}, "bad_config"),
+        (ScalerConfig, {"exchange": "torch_dist", "devices": "cuda:0/2"}, "bad_config"),  # nccl refuses a GPU twice
     ],
 )
 def test_no_service_starts_with_what_it_cannot_build(

@@ -13,8 +13,8 @@ from tests.devices import standins
 
 PAGE = standins.GRANULARITY
 NUM = 10_000
-CALLS_MAX = 3  # of each handle, the owner's for this rank and the rank's own together
-SECONDS_MAX = 3  # the goal is one, on a machine that does nothing else: docs/ascend.md, docs/cuda.md
+# Of each handle, the owner's for this rank and the rank's own together, as docs/ascend.md and docs/cuda.md have it.
+CALLS_MAX = {"npu": 3, "cuda": 2}
 
 
 @pytest.fixture
@@ -47,8 +47,7 @@ def test_ten_thousand_handles_are_attached_by_few_calls(kind: str, monkeypatch: 
         seconds = time.perf_counter() - began
         calls = sum(standins.loaded(one).standin_calls() for one in kinds) - before
         print(f"{kind}: {NUM} handles attached in {seconds:.2f} s by {calls} calls")
-        assert calls <= CALLS_MAX * NUM + 20
-        assert seconds < SECONDS_MAX
+        assert calls <= CALLS_MAX[kind] * NUM + 20
         first = owner.reserve(PAGE)
         owner.map(first, 0, handles[-1], True)
         owner.write_bytes(first.base, b"last")

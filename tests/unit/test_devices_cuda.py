@@ -15,6 +15,7 @@ from elasticmoe.common.devices.cuda import (
     CALLS,
     NEWER_CALLS,
     REFUSALS,
+    WORDS,
     CudaDevice,
     _Allocation,
     _CudaDriver,
@@ -112,7 +113,7 @@ def unmapped_whole(pair: Pair) -> None:
 def lost_context_stays_lost(pair: Pair) -> None:
     with pytest.raises(DeviceError):
         breaches.unmap_in_flight(pair)
-    pair.owner.synchronize()
+    pair.owner.drain(0)
 
 
 def accessible_to_peers_that_can(pair: Pair) -> None:
@@ -174,7 +175,7 @@ def test_each_error_of_the_stand_in_is_listed() -> None:
 
 def test_calls_and_codes_are_those_of_the_header() -> None:
     (include,) = vendor.headers(vendor.CUDA)
-    calls = CALLS | NEWER_CALLS
+    calls = CALLS | NEWER_CALLS | WORDS
     check_sizes("cuda.h", [include], calls)
     text = (include / "cuda.h").read_text()
     check_declared(text, "CUresult", {name.removesuffix("_v2"): types for name, types in calls.items()})

@@ -1,7 +1,7 @@
 """Ranks that decode, and flip to another layout, ask nothing of their devices' drivers, but what the exchange itself is
 on NPUs: the copies between their mailboxes. As the stand-ins count calls. Memory, lockstep, exchange and model are the
-product's; what the HMM does is played. What torch asks of a driver to compute is not seen here: on stand-ins it
-computes on the CPU."""
+product's, and so is what the HMM tells ranks; the rest of it is played. What torch asks to compute is not seen: it
+computes on the CPU here."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,6 +22,7 @@ from elasticmoe.common.devices.base import KeyToken
 from elasticmoe.common.devices.rules import Handle, ProcessRules
 from elasticmoe.common.families import record
 from elasticmoe.common.host_shared import HostShared
+from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.model_spec import RecordKey, round_up
 from elasticmoe.common.protocol.handles import (
     AttachReply,
@@ -32,6 +35,8 @@ from elasticmoe.common.protocol.handles import (
     SharedMailbox,
 )
 from elasticmoe.native.bus import Bus, bus_bytes, format_bus
+from elasticmoe.services.hmm.memory.memory import DeviceMemory
+from elasticmoe.services.hmm.sessions.handles import Importer, View, seat_memory
 from elasticmoe.services.worker.backends.factory import open_backend
 from elasticmoe.services.worker.exchange.base import StepAborted
 from elasticmoe.services.worker.exchange.factory import open_exchange
@@ -140,6 +145,12 @@ class TwoDevices:
             DeviceOwner(processes[0](f"{kind}:{slot}", PAGE, 256 << 20, rules=rules)) for slot in range(RANKS)
         ]
         self._mailboxes = [(owner, owner.device.create(MAILBOX_BYTES, "mailbox")) for owner in self.owners]
+        memories = {owner.device.name: DeviceMemory(owner.device) for owner in self.owners}
+        for owner, mailbox in self._mailboxes:
+            memories[owner.device.name].mailbox = mailbox
+        self._holdings: Any = SimpleNamespace(memories=memories, doorbells=dict.fromkeys(range(RANKS), 0))
+        before = initial_layout(SPEC.num_experts_by_layer, list(memories))
+        self.layouts = (before, msgspec.structs.replace(before, epoch=before.epoch + 1))
         shape = (RANKS, TOKENS, SPEC.hidden, SPEC.moe.top_k)
         self._bus = HostShared.create("bus")
         self._bus.resize(round_up(bus_bytes(*shape), 4096))
@@ -147,6 +158,7 @@ class TwoDevices:
         self.hmm = Bus(self._bus.address, self._bus.nbytes)
         users = processes[1:]
         numbers = [user.importer_number(slot) for slot, user in enumerate(users)]
+        self._importers = [Importer(number) for number in numbers]
         for owner in self.owners:
             owner.device.admit(numbers)
         self.ranks = []
@@ -173,6 +185,12 @@ class TwoDevices:
         segment = Segment(reply.bus.fd, self._bus.nbytes)
         identity = owner.device.identity
         return msgspec.structs.replace(reply, bus=segment, exchange="mailbox", identity=identity), fds
+
+    def tell(self, *layouts: Layout) -> None:
+        """What the HMM does in each phase of a change: it works out what each rank shall have for these layouts."""
+        for importer, memory in zip(self._importers, self._holdings.memories.values(), strict=True):
+            seat, _ = seat_memory(View({}, [], layouts), memory, self._holdings, importer)
+            assert len(seat.mailboxes) == RANKS
 
     def num_calls(self) -> int:
         """Of the driver, by all three processes."""
@@ -222,13 +240,19 @@ def devices(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
 def test_decoding_and_a_flip_make_no_call_of_the_driver(devices: TwoDevices) -> None:
     """The memory of both layouts is mapped before; what goes is unmapped afterwards, and that is seen. NPUs let no
     kernel copy between mailboxes (ADR 34): the driver does it by two calls for each member and way, as torch computes
-    at once here, else by one; and a thread says once which device is its own."""
+    at once here, else by one; and a thread says once which device is its own. The HMM asks for nothing in any phase of
+    the change: a rank is admitted to mailboxes when it attaches, and to those of joiners when they are made."""
+    attaching = devices.num_calls()
+    devices.tell(devices.layouts[0])
+    assert devices.num_calls() - attaching == (2 * RANKS**2 if devices.copies_by_driver else 0)  # an NPU admits each
     devices.hmm.set_membership(1, (1 << RANKS) - 1, True, 1)
     before, copies_before = devices.num_calls(), devices.num_copies()
     devices.together(lambda rank: rank.decode(STEPS))
     assert [rank.lockstep.epoch for rank in devices.ranks] == [1] * RANKS
+    devices.tell(*devices.layouts)
     devices.hmm.stage_membership(2, (1 << RANKS) - 1, 2)
     devices.together(lambda rank: rank.decode(STEPS))
+    devices.tell(devices.layouts[1])
     assert [rank.lockstep.epoch for rank in devices.ranks] == [2] * RANKS
     num_copies, num_threads = devices.num_copies() - copies_before, 2 * RANKS
     by_exchange = 2 * num_copies + num_threads if devices.copies_by_driver else 0

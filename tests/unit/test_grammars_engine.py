@@ -14,12 +14,14 @@ import msgspec
 import pytest
 from llguidance import LLParserLimits
 
-from elasticmoe.cli.models.byte_tokenizer import EOS_ID, VOCAB_SIZE, build_byte_tokenizer
+from elasticmoe.cli.models.byte_tokenizer import ASSISTANT, EOS_ID, VOCAB_SIZE, build_byte_tokenizer
 from elasticmoe.common import grammar
 from elasticmoe.common.grammar import FREE_SPELLING
 from elasticmoe.common.grammar_text import Vocabulary, digest_of, encode_vocabulary, pack_grammar
 from elasticmoe.common.protocol.rank import Grammar, Sampling, Submit, VocabularyPiece
 from elasticmoe.common.protocol.router import Delta, Failed, WantVocabulary
+from elasticmoe.services.router.grammar.compiler import GrammarCompiler
+from elasticmoe.services.router.grammar.structure import Structure, Thought
 from elasticmoe.services.router.text.detokenizer import TokenTable
 from elasticmoe.services.worker.engine.adoption import adopt_rows
 from elasticmoe.services.worker.engine.engine import Engine
@@ -35,6 +37,7 @@ TABLE = TokenTable(build_byte_tokenizer())
 DATA = encode_vocabulary(Vocabulary([TABLE.bytes_of(n) for n in range(VOCAB_SIZE)], sorted(TABLE.special), [EOS_ID]))
 DIGEST = digest_of(DATA)
 WORDS = "([a-z]{2,3} ){4,6}!"
+COMPILER = GrammarCompiler({n: TABLE.bytes_of(n) for n in TABLE.special}, VOCAB_SIZE)
 
 
 def pieces(data: bytes = DATA, digest: str = DIGEST, size: int = 700) -> list[VocabularyPiece]:
@@ -57,8 +60,12 @@ class Seat:
         self.failed: dict[str, Failed] = {}
         self.stop_tokens: dict[str, int | None] = {}
 
-    def add(self, name: str, pattern: str | None, prompt: bytes = b"Say", **fields: Any) -> None:
+    def add(
+        self, name: str, pattern: str | None, prompt: bytes = b"Say", thought: Thought | None = None, **fields: Any
+    ) -> None:
         packed = None if pattern is None else pack_grammar(FREE_SPELLING + f"start: /{pattern}/")
+        if thought is not None:
+            packed = COMPILER.compile(Structure("regex", pattern or "", "structured_outputs.regex"), thought)
         guided = None if packed is None else Grammar(packed, DIGEST)
         options = {key: fields.pop(key) for key in ("temperature", "seed", "logit_bias") if key in fields}
         sampling = Sampling(**{"seed": 3, "temperature": 1.0, **options}, grammar=guided)
@@ -197,6 +204,30 @@ def test_the_same_after_every_death(seat: Seat, calm: dict[str, list[int]]) -> N
     seat.run()
     assert seat.tokens == calm
     assert len(seat.asked) == 5
+
+
+@pytest.mark.parametrize("close", ["]", ASSISTANT], ids=["spelled", "a token"])
+def test_the_same_after_deaths_on_both_sides_of_the_end_of_the_thinking(ranks: Ranks, close: str) -> None:
+    """A successor finds its place before the mark, at it and behind it from the tokens alone."""
+    (mark,) = build_byte_tokenizer().encode(close).ids
+
+    def begin() -> Seat:
+        seat = Seat(ranks)
+        seat.add("a", WORDS, b"Tell", Thought("[", close, True), logit_bias=((mark, 26.0),), max_tokens=90)
+        return seat
+
+    calm = begin()
+    calm.run()
+    tokens = calm.tokens["a"]
+    end = tokens.index(mark)
+    assert end > 2
+    assert re.fullmatch(WORDS, bytes(tokens[end + 1 :]).decode().lstrip())
+    seat = begin()
+    for num in (end - 1, end, end + 1, end + 4):
+        seat.run_until("a", num)
+        seat.die()
+    seat.run()
+    assert seat.tokens["a"] == tokens
 
 
 def test_the_same_where_another_rank_goes_on(seat: Seat, calm: dict[str, list[int]]) -> None:

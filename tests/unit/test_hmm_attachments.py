@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -37,7 +38,7 @@ from elasticmoe.common.protocol.limits import FDS_MAX
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.sessions import attachments as attachments_module
 from elasticmoe.services.hmm.sessions.attachments import Attachments
-from elasticmoe.services.hmm.sessions.handles import Offer
+from elasticmoe.services.hmm.sessions.handles import Importer, Offer
 from tests.procs.descriptors import left_with, numbers_of
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec
@@ -147,14 +148,61 @@ def test_the_end_of_a_rank_is_seen_also_while_something_is_unsent(pair: Pair) ->
 
 
 def test_memory_that_a_driver_does_not_share_ends_the_rank_and_nobody_else(pair: Pair) -> None:
-    def refuse(importer: int) -> tuple[SeatMemory, Offer]:
-        raise DeviceError(f"the process {importer} is gone")
+    def refuse(importer: Importer) -> tuple[SeatMemory, Offer]:
+        raise DeviceError(f"the process {importer.number} is gone")
 
     pair.subject.share(pair.rank, refuse)
     pair.read_first()
     with pytest.raises(Unavailable):
         pair.channel.receive()
     assert wait_until(pair.take, "the end is seen") == [0]
+
+
+def test_handles_that_a_driver_does_not_share_end_the_rank_and_nobody_else(pair: Pair) -> None:
+    """As where it is to admit a process that has just ended."""
+
+    def refuse(_: Handle) -> FdToken:
+        raise DeviceError("the process is gone", code="driver_refused")
+
+    device: Any = SimpleNamespace(export=refuse)
+    handle: Any = object()
+    pair.subject.update(pair.rank, msgspec.structs.replace(SEAT, kv=(7,)), Offer((pair.fd,), device, {7: handle}))
+    pair.read_first()
+    with pytest.raises(Unavailable):
+        pair.channel.receive()
+    assert wait_until(pair.take, "the end is seen") == [0]
+
+
+def test_memory_that_is_not_shared_for_want_of_descriptors_ends_the_rank_and_nobody_else(pair: Pair) -> None:
+    def refuse(_: Importer) -> tuple[SeatMemory, Offer]:
+        raise Unavailable("no descriptor is left", code="no_descriptors")
+
+    pair.subject.share(pair.rank, refuse)
+    assert wait_until(pair.take, "the end is seen") == [0]
+
+
+def test_a_rank_that_is_refused_after_all_leaves_its_slot_free(pair: Pair) -> None:
+    """Whoever comes to the slot next asks whether it has ended."""
+    pair.subject.refuse(pair.rank.channel, DeviceError("the device has failed", code="driver_failed"))
+    assert pair.subject.by_slot == {}
+    assert pair.subject.ended_now(0) is None
+    pair.subject.check_vacant(0)
+    assert pair.take() == []
+
+
+def test_a_process_is_admitted_once_to_a_handle_by_a_connection() -> None:
+    asked: list[tuple[int, tuple[int, ...]]] = []
+    device: Any = SimpleNamespace(admit_to=lambda handle, importers: asked.append((handle.place, importers)))
+    one, other = (Handle("npu:0", PAGE, "local", "mailbox", True, None, place=place) for place in range(2))
+    first = Importer(77)
+    for handle in (one, other, one):
+        first.admit_to(device, handle)
+    assert asked == [(0, (77,)), (1, (77,))]
+    one.is_live = False
+    again = Handle("npu:0", PAGE, "local", "mailbox", True, None, place=0)  # another one in its place
+    first.admit_to(device, again)
+    Importer(77).admit_to(device, other)  # by its next connection: the process may be another one of that number
+    assert asked[2:] == [(0, (77,)), (1, (77,))]
 
 
 @pytest.mark.parametrize("message", [Applied(1 << 62), Attach(RankId(0, 0), 0, "host:0", "r0")])

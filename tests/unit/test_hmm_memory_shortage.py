@@ -28,7 +28,7 @@ from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.catalog import keys_of
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.transfer import Supply
-from elasticmoe.services.hmm.sessions.handles import Offer
+from elasticmoe.services.hmm.sessions.handles import Importer, Offer
 from elasticmoe.services.hmm.sessions.membership import Membership
 from elasticmoe.services.hmm.transition.transition import Transitions
 
@@ -105,7 +105,7 @@ class World:
         for name in set(names):
             self.kept.pop(name, None)
 
-    def _share(self, attached: Any, tell: Callable[[int], tuple[SeatMemory, Offer]]) -> None:
+    def _share(self, attached: Any, tell: Callable[[Importer], tuple[SeatMemory, Offer]]) -> None:
         seat, _ = tell(attached.importer)
         attached.applied = seat.revision
         attached.sent = seat
@@ -113,7 +113,7 @@ class World:
     def attach(self, slot: int) -> None:
         sent = SimpleNamespace(revision=0)
         self.by_slot[slot] = SimpleNamespace(
-            slot=slot, device=f"host:{slot}", importer=0, sent=sent, applied=0, version=-1
+            slot=slot, device=f"host:{slot}", importer=Importer(0), sent=sent, applied=0, version=-1
         )
 
     def checksums(self) -> dict[str, int]:

@@ -6,6 +6,7 @@ Shape suffixes: as in test_backends.py.
 
 from __future__ import annotations
 
+import argparse
 import ast
 from collections.abc import Iterator
 from functools import partial
@@ -16,8 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from elasticmoe.cli.bench import accel
+from elasticmoe.cli.bench.accel_answers import promise_of
 from elasticmoe.cli.models import random_checkpoint
-from elasticmoe.common.families import load_spec
+from elasticmoe.cli.models.configs import QWEN3_MOE_1B, TINY_MIXTRAL
+from elasticmoe.common.config import defaults
+from elasticmoe.common.families import load_spec, parse_spec
 from elasticmoe.common.model_spec import AttentionSpec, KvShape, LatentAttentionSpec, MoeSpec, RopeSpec
 from elasticmoe.common.protocol.errors import ConfigError
 from elasticmoe.services.worker.backends.accelerator.npu_kernels import attention, cache, kernel_set, routing
@@ -299,3 +304,12 @@ def test_what_the_vendor_forbids_is_refused_by_the_tests_operators() -> None:
             broken()
     with pytest.raises(RuntimeError, match="Unknown keyword argument"):
         operators.npu_swiglu(x, axis=1)
+
+
+def test_what_bench_accel_measures_by_default_fits() -> None:
+    parser = argparse.ArgumentParser()
+    accel.add_arguments(parser)
+    assert (parser.get_default("model"), parser.get_default("sized_model")) == ("tiny-mixtral", "qwen3-moe-1b")
+    for config in (TINY_MIXTRAL, QWEN3_MOE_1B):
+        limits = kernel_set._limits(parse_spec(config, promise_of("torch_npu").dtype), defaults()["block_size"])
+        assert [what for is_wrong, what in limits if is_wrong] == []

@@ -56,7 +56,8 @@ from tests.unit.transitions import DOWN, SIZES, UP, World, operation_of
 
 def snapshot_of(world: World, **changes: Any) -> StatusSnapshot:
     seen = world.seen()
-    base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.cluster, 3, {"model": "/m"})
+    config = {"model": "/m", "standbys": 2}
+    base = StatusSnapshot("serving", "nothing to do", None, world.layout, seen.cluster, 3, config)
     policy = PolicyRecord(1, PolicyConfig(), PolicyConfig())
     return msgspec.structs.replace(base, **{"policy": policy, **changes})
 

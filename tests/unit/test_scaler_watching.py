@@ -17,7 +17,7 @@ from elasticmoe.common.record import FILE_NAME, DeploymentRecord, DownRecord, Pr
 from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.api.now import Board
 from elasticmoe.services.scaler.api.series import ROWS_MAX, STEPS_S, Series, row_of
-from elasticmoe.services.scaler.api.snapshot import StatusSnapshot
+from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, operation_view
 from elasticmoe.services.scaler.control.autoscaler import Decided
 from elasticmoe.services.scaler.policy.figures import MISSING, UNKNOWN, Signals, Throughput
 from elasticmoe.services.scaler.policy.saturation import Saturation
@@ -26,6 +26,7 @@ from tests.unit.deployment_records import record_of
 from tests.unit.test_scaler_admin import Listener, snapshot_of
 from tests.unit.transitions import DOWN, UP, World, operation_of
 
+PROGRESS_BYTES_MAX = 250  # of each look while an operation is in progress
 SIGNALS = Signals(at_s=0.0, admitted_per_s=6.21987, running=4.0, queued=3, ttft_s=MISSING, kv_share_most=UNKNOWN)
 
 
@@ -73,6 +74,16 @@ def test_rows_of_15_seconds_are_means_of_what_was_known() -> None:
     assert rows.columns.at == [1_015, 1_030, 1_045]
     assert column(rows, "queued") == [7, 22, 37]
     assert column(rows, "ttft_s") == [0.5] * 3
+
+
+@pytest.mark.parametrize(("step_s", "span_s"), [(60, 4 * 3_600), (360, 86_400)])
+def test_a_page_reads_hours_and_a_day_in_one_answer_of_few_rows(step_s: int, span_s: int) -> None:
+    series = Series("s")
+    for second in range(0, 86_400 + 600, 60):
+        series.note(seen(float(second)), float(second), float(second))
+    rows = series.read(step_s, "")
+    assert (rows.is_more, len(rows.columns.at)) == (False, STEPS_S[step_s])
+    assert rows.columns.at[-1] - rows.columns.at[0] == span_s - step_s
 
 
 def test_it_is_bounded_and_answers_in_parts() -> None:
@@ -153,6 +164,31 @@ def test_it_tells_who_joins_and_leaves_as_the_layout_does(plan: Any, slot: int, 
     now = Board("b").read(snapshot_of(world, operation=operation), "")
     assert (now.devices[slot].state, now.operation) == (state, "op")
     assert now.devices[slot].rank == f"r{slot}t0"
+
+
+def test_how_far_an_operation_is_each_look_tells_in_small() -> None:
+    """The same as the operation itself tells, without what it plans."""
+    world = World(UP.before)
+    operation = world.step(world.run_to(operation_of(UP), "prepare"))
+    snapshot = snapshot_of(world, operation=operation)
+    told = Board("b").read(snapshot, "").progress
+    assert told is not None
+    whole = operation_view(operation, snapshot.cluster)
+    assert whole.progress is not None
+    assert (told.phase, told.leg, told.elapsed_s) == ("prepare", 1, whole.elapsed_s)
+    assert (told.hmm_phase, told.bytes_done, told.bytes_total) == (
+        whole.progress.hmm_phase,
+        whole.progress.bytes_done,
+        whole.progress.bytes_total,
+    )
+    assert told.bytes_total == 1000
+    assert (told.bytes_copied, told.sequences_moved) == (whole.figures.bytes_copied, whole.figures.sequences_moved)
+    assert len(msgspec.json.encode(told)) < PROGRESS_BYTES_MAX
+    level = msgspec.structs.replace(operation_of(None), op_id="level")
+    rebalance = Board("b").read(snapshot_of(world, operation=level), "").progress
+    assert rebalance is not None
+    assert (rebalance.leg, rebalance.hmm_phase, rebalance.bytes_total) == (0, None, 0)  # the HMM's is another one's
+    assert Board("b").read(snapshot_of(world), "").progress is None
 
 
 @pytest.fixture

@@ -65,7 +65,8 @@ def test_a_template_that_prints_json_has_objects_and_null() -> None:
 
 @pytest.mark.parametrize("arguments", ["no JSON", "[1]", "1", "[" * 100_000])
 def test_arguments_that_a_template_cannot_take(arguments: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"messages\[1\]: the arguments of the call of 'f' are no JSON object"):
+    where = r"messages\[1\]\.tool_calls\[0\]"
+    with pytest.raises(InvalidRequest, match=f"{where}: the arguments of the call of 'f' are no JSON object"):
         ChatTemplate(KEYED, {}).render(said(arguments))
 
 

@@ -11,6 +11,7 @@ import pytest
 from elasticmoe.services.router.answer_parsers.forms import NAMES, parser_of
 from elasticmoe.services.router.answer_parsers.parts import CallArguments, CallStart, Text
 from elasticmoe.services.router.answer_parsers.tools import HELD_CHARS_MAX, ToolParser
+from tests.written_calls import DEEP_CALL, DEEP_SEP, WAYS, coder, glm
 
 SCHEMAS: dict[str, dict[str, Any]] = {
     "weather": {
@@ -26,53 +27,8 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 CITY = 'Å "x" \\ </b> {[\n'
 ARGUMENTS = {"city": CITY, "days": 3, "at": {"lat": [1, 2.5, {"deep": "}]"}], "no": None}, "any": True}
-JSON_ARGUMENTS = json.dumps(ARGUMENTS)
-DEEP_CALL = "<｜tool▁call▁begin｜>"
-DEEP_SEP = "<｜tool▁sep｜>"
-DEEP_END = "<｜tool▁call▁end｜>"
-
-
-def keyed(arguments: dict[str, Any], key: str, value: str, end: str) -> str:
-    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
-    return "".join(key.format(k) + value + text + end for k, text in texts.items())
-
-
-def glm(name: str, arguments: dict[str, Any]) -> str:
-    inner = keyed(arguments, "<arg_key>{}</arg_key>", "\n<arg_value>", "</arg_value>\n")
-    return f"<tool_call>{name}\n{inner}</tool_call>"
-
-
-def coder(name: str, arguments: dict[str, Any]) -> str:
-    inner = keyed(arguments, "<parameter={}>", "\n", "\n</parameter>\n")
-    return f"<tool_call>\n<function={name}>\n{inner}</function>\n</tool_call>"
-
-
-def deepseek(calls: list[tuple[str, str]], *, is_fenced: bool) -> str:
-    bodies = [
-        f"{DEEP_CALL}function{DEEP_SEP}{name}\n```json\n{text}\n```{DEEP_END}"
-        if is_fenced
-        else f"{DEEP_CALL}{name}{DEEP_SEP}{text}{DEEP_END}"
-        for name, text in calls
-    ]
-    return "<｜tool▁calls▁begin｜>" + "\n".join(bodies) + "<｜tool▁calls▁end｜>"
-
-
-TWO = [("weather", JSON_ARGUMENTS), ("now", "{}")]
-OBJECTS = [f'{{"name": "{name}", "arguments": {text}}}' for name, text in TWO]
 # Each with two calls: `weather` with ARGUMENTS, `now` with none.
-SAMPLES = {
-    "hermes": "\n".join(f"<tool_call>\n{one}\n</tool_call>" for one in OBJECTS),
-    "granite": f"<|tool_call|>[{', '.join(OBJECTS)}]",
-    "mistral": f"[TOOL_CALLS] [{', '.join(OBJECTS)}]",
-    "mistral named": "".join(f"[TOOL_CALLS]{name}[ARGS]{text}" for name, text in TWO),
-    "mistral bare": "".join(f"[TOOL_CALLS]{name}{text}" for name, text in TWO),
-    "mistral ids": "".join(f"[TOOL_CALLS]{name}[CALL_ID]abcdef123[ARGS]{text}" for name, text in TWO),
-    "deepseek": deepseek(TWO, is_fenced=False),
-    "deepseek fenced": deepseek(TWO, is_fenced=True),
-    "glm": glm("weather", ARGUMENTS) + "\n" + glm("now", {}),
-    "qwen_coder": coder("weather", ARGUMENTS) + "\n" + coder("now", {}),
-    "qwen_coder bare": coder("weather", ARGUMENTS).removeprefix("<tool_call>\n") + "\n" + coder("now", {}),
-}
+SAMPLES = {way: write([("weather", ARGUMENTS), ("now", {})]) for way, write in WAYS.items()}
 
 
 def known(name: str) -> ToolParser:

@@ -17,7 +17,7 @@ from elasticmoe.common.families import record
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.loading.reader import Reader
-from elasticmoe.services.hmm.sessions.handles import attach_reply, full_view, seat_memory, shares
+from elasticmoe.services.hmm.sessions.handles import Importer, attach_reply, full_view, seat_memory, shares
 from elasticmoe.services.worker.backends.host import HostBackend
 from elasticmoe.services.worker.hmm.memory import RankMemory
 from elasticmoe.services.worker.model.decoder import Decoder
@@ -52,7 +52,7 @@ def test_a_weight_passes_the_files_that_the_page_names_and_none_twice(tiny_mixtr
                 loaded=loaded, segment=world.segment, granularity=PAGE, doorbells=bells, memories=world.memories
             )
             reply, fds = attach_reply(memory, holdings)
-            seat, offer = seat_memory(full_view(memory, loaded, None), memory, holdings, 0)
+            seat, offer = seat_memory(full_view(memory, loaded, None), memory, holdings, Importer(0))
             seat = msgspec.structs.replace(seat, revision=1)
             handed = [(told, copies(own)) for told, own in (*shares(offer, ()), (seat, offer.fds))]
             mapped = RankMemory(reply, copies(fds), "host:0", 0, handed)

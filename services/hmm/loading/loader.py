@@ -55,7 +55,8 @@ class ModelLoad:
             raise Unavailable("the load was aborted", code="aborted")
 
     def run(self) -> Loaded:
-        """Load. Blocks until all memory is filled. Raises CheckpointError, DoesNotFit, InvalidRequest, Unavailable."""
+        """Load. Blocks until all memory is filled. Raises CheckpointError, DeviceError, DoesNotFit, InvalidRequest,
+        Unavailable."""
         try:
             return self._run()
         except BaseException:
@@ -78,6 +79,9 @@ class ModelLoad:
             self._read(checkpoint, sizes.records)
             self.bytes_read = checkpoint.bytes_read
         self._replicate(sizes.records)
+        for name in sizes.devices:  # where one has failed, or no descriptor is left for a successor, so does the load
+            self._memories[name].device.check_usable()
+            self._memories[name].device.descriptors()
         self._segment.format(sizes.bus)
         memory_id, bus_bytes = uuid.uuid4().hex, sizes.bus.nbytes
         return Loaded(

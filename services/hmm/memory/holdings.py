@@ -14,7 +14,7 @@ from elasticmoe.common.capacity import budgets_of
 from elasticmoe.common.config import HmmConfig
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.driver import MemoryInfo
-from elasticmoe.common.devices.factory import granularity_of, memory_of, open_device
+from elasticmoe.common.devices.factory import give_up, granularity_of, memory_of, open_device
 from elasticmoe.common.devices.names import DeviceCount
 from elasticmoe.common.families.fingerprint import fingerprint
 from elasticmoe.common.fdchannel import close_all
@@ -53,6 +53,7 @@ class Holdings:
         self.granularity = granularity_of(DeviceCount.parse(config.devices), config.granularity)
         self.memories: dict[str, DeviceMemory] = {}
         self.told: dict[str, MemoryInfo] = {}  # by drivers, at the start, of devices that have any
+        self._failed: frozenset[str] = frozenset()  # devices that could not be opened at the start
         self.segment: BusSegment | None = None
         self.doorbells: dict[int, int] = {}
         self.loaded: Loaded | None = None
@@ -62,12 +63,13 @@ class Holdings:
     # ---- Start
 
     def start(self) -> None:
-        """Adopt what the keeper holds, or begin afresh where it holds nothing valid.
+        """Adopt what the keeper holds, or begin afresh where it holds nothing valid. A device that cannot be opened is
+        kept, and not used, as long as there is another one.
 
         Raises ConfigError where what it holds does not match the configuration; DeviceError; ElasticMoEError of the
         keeper channel.
         """
-        self.told = memory_of(self._names())
+        self._look()
         kept = self._parking.fetch(deadline_ms=_KEEPER_MS)
         names = list(kept)
         try:
@@ -78,6 +80,20 @@ class Holdings:
         if not is_adopted:
             self._begin()
         self._park()
+
+    def _look(self) -> None:
+        """Ask for what drivers say of the memory of each device."""
+        names, failed = self._names(), dict[str, DeviceError]()
+        for name in names:
+            try:
+                self.told |= memory_of([name])
+            except DeviceError as error:
+                failed[name] = error
+        if len(failed) == len(names):
+            raise failed[names[0]]
+        for name, refusal in failed.items():
+            give_up(name, refusal.message)
+        self._failed = frozenset(failed)
 
     def _adopt(self, kept: dict[str, int]) -> bool:
         fd = kept.pop(CATALOG, None)
@@ -129,7 +145,8 @@ class Holdings:
     def _begin(self) -> None:
         names = self._names()
         budgets = budgets_of(self._config, available_bytes(), self.told)
-        small = next((name for name, budget in budgets.items() if not budget), None)
+        usable = {name: budget for name, budget in budgets.items() if name not in self._failed}
+        small = next((name for name, budget in usable.items() if not budget), None)
         if small is not None:
             given = self._config.device_bytes
             has = f"{given} bytes" if given else f"less than {self.granularity} bytes"
@@ -138,7 +155,8 @@ class Holdings:
                 f"(--device-memory), or take fewer devices"
             )
         for name in names:
-            device = open_device(name, self.granularity, budgets[name])
+            # A driver that does not answer does not say what its device has: it is planned with as one of the others.
+            device = open_device(name, self.granularity, usable.get(name, min(usable.values())))
             device.trim()  # where handles outlive whoever made them, those of a lost catalog are still there
             self.memories[name] = DeviceMemory(device)
         self._snapshot = Snapshot.create()
@@ -248,10 +266,11 @@ class Holdings:
         return findings
 
     def checksum_jobs(self) -> list[tuple[str, Device, int, int]]:
-        """(name, device, address, bytes) of each weight record on each device."""
+        """(name, device, address, bytes) of each weight record on each device that has not failed."""
         return [
             (f"{name}/{key}", memory.device, memory.address(handle), handle.nbytes)
             for name, memory in self.memories.items()
+            if not memory.device.failure
             for key, handle in memory.records.items()
         ]
 

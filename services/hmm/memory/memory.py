@@ -11,9 +11,11 @@ from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import DeviceError
 from elasticmoe.common.seat_sizes import BusSizes
+from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native.bus import Bus, format_bus
 from elasticmoe.services.hmm.memory.catalog import DeviceEntry, Placed, Span
 
+log = get_logger("hmm")
 _Window = tuple[Space, HandleOrigin, int]
 
 
@@ -50,9 +52,14 @@ class DeviceMemory:
         self._map(self.mailbox)
 
     def claim(self, nbytes: int, space: Space, at: int = 0) -> Handle:
-        """A mapped handle without pages that the catalog does not name yet (Device.claim). Raises DoesNotFit."""
+        """A mapped handle without pages that the catalog does not name yet (Device.claim). Raises DoesNotFit,
+        DeviceError."""
         handle = self.device.claim(nbytes, space, at)
-        self._map(handle)
+        try:
+            self._map(handle)
+        except BaseException:
+            self.device.release(handle)
+            raise
         return handle
 
     def _map(self, handle: Handle) -> None:
@@ -69,8 +76,10 @@ class DeviceMemory:
         return (handle.space, handle.origin, number), offset
 
     def address(self, handle: Handle) -> int:
-        """Where a handle is mapped."""
+        """Where a handle is mapped. Raises DeviceError where it is not, because the device failed before."""
         name, offset = self._window_of(handle)
+        if name not in self._windows:
+            self.device.check_usable()
         return self._windows[name].address(offset)
 
     def large_parts(self) -> list[tuple[Range, int, int]]:
@@ -94,7 +103,7 @@ class DeviceMemory:
     def clear(self) -> None:
         """Unmap and release every handle."""
         for handle in self.take_all():
-            self.release(handle)
+            self.let_go(handle)
 
     def take_all(self) -> list[Handle | HostShared]:
         """All that the catalog names, which it does no more: it is the caller's, to `release`."""
@@ -115,6 +124,14 @@ class DeviceMemory:
             self.device.unmap(self._windows[name], offset)
         self.device.release(memory)
 
+    def let_go(self, memory: Handle | HostShared) -> None:
+        """`release`, where a driver's refusal must hold up nothing else: it is logged, and that memory stays counted
+        until this process ends."""
+        try:
+            self.release(memory)
+        except DeviceError as error:
+            log.error("memory is not given back", device=self.device.name, code=error.code, reason=error.message)
+
     def entry(self) -> DeviceEntry:
         """The catalog's entry of this device."""
         records = tuple(Placed(key, _span(handle)) for key, handle in self.records.items())
@@ -124,19 +141,25 @@ class DeviceMemory:
         return DeviceEntry(self.device.name, self.device.budget, records, kv, ledger_bytes, mailbox)
 
     def restore(self, entry: DeviceEntry, ledger: HostShared | None) -> None:
-        """Take over what a predecessor created, and give back what it did not record. Raises DeviceError."""
+        """Take over what a predecessor created, and give back what it did not record. What was on a device that has
+        failed is taken over by name, for the catalog. Raises DeviceError."""
         self.ledger = ledger
         for placed in entry.records:
-            handle = self.device.restore("weights", *_where(placed.span))
-            self.records[placed.key] = handle
-            self._map(handle)
+            self.records[placed.key] = self._take_over("weights", placed.span)
         for span in entry.kv:
-            self.kv.append(self.device.restore("kv", *_where(span)))
-            self._map(self.kv[-1])
+            self.kv.append(self._take_over("kv", span))
         if entry.mailbox is not None:
-            self.mailbox = self.device.restore("mailbox", *_where(entry.mailbox))
-            self._map(self.mailbox)
+            self.mailbox = self._take_over("mailbox", entry.mailbox)
         self.device.trim()
+
+    def _take_over(self, space: Space, span: Span) -> Handle:
+        handle = self.device.restore(space, span.offset, span.nbytes, span.key)
+        try:
+            self._map(handle)
+        except DeviceError:
+            if not self.device.failure:
+                raise
+        return handle
 
     def check_integrity(self) -> list[str]:
         """Findings of the device, and whether all of the ledger's memory is there. None: all is well."""
@@ -151,7 +174,10 @@ class DeviceMemory:
         if self.ledger is not None:
             self.ledger.close()
             self.ledger = None
-        self.device.close()
+        try:
+            self.device.close()
+        except DeviceError as error:
+            log.error("memory is not given back", device=self.device.name, code=error.code, reason=error.message)
 
 
 def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
@@ -163,10 +189,6 @@ def _joined(spans: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
             begin = first
         end = last
     yield begin, end
-
-
-def _where(span: Span) -> tuple[int, int, int]:
-    return span.offset, span.nbytes, span.key
 
 
 def _span(handle: Handle) -> Span:

@@ -251,16 +251,17 @@ class Supply:
     # ---- In
 
     def lacking_access(self, after: Layout, loaded: Loaded) -> ElasticMoEError | None:
-        """Why the ranks of `after` cannot exchange tokens; None where they can. Devices that leave, as they do when
-        they are lost, are not asked."""
-        if not size_mailbox(loaded.load, loaded.spec, self._holdings.granularity):
-            return None
+        """Why no ranks can compute on the devices that join in `after`, or those of `after` cannot exchange tokens;
+        None where they can. Devices that leave, as they do when they are lost, are not asked."""
         joining, staying = list[Device](), list[Device]()
         for seat in after.seats:
             found = joining if loaded.layout.seat_on(seat.device) is None else staying
             found.append(self._holdings.memories[seat.device].device)
         try:
-            check_exchange(joining, staying)
+            for device in joining:
+                device.check_usable()
+            if size_mailbox(loaded.load, loaded.spec, self._holdings.granularity):
+                check_exchange(joining, staying)
         except DeviceError as error:
             return error
         return None
@@ -321,13 +322,24 @@ class Supply:
         if self._transfer is not None:
             self._transfer.stop()
 
-    def settle(self) -> None:
-        """All that was claimed is complete: it belongs to the catalog from now on."""
+    def settle(self) -> ElasticMoEError | None:
+        """All that was claimed is complete: it belongs to the catalog from now on. Or why it does not: where there is
+        no descriptor for a successor's sake, or a device has failed meanwhile, all is still claimed."""
+        devices = dict[str, Device]()
+        try:
+            for part in self._claims:
+                if isinstance(part, HandlePart):
+                    part.memory.device.settle(part.handle)
+                    devices[part.memory.device.name] = part.memory.device
+            for device in devices.values():
+                device.check_usable()
+                device.descriptors()  # which makes those that the catalog is about to need
+        except (DeviceError, Unavailable) as error:
+            return error
         for part in self._claims:
             if isinstance(part, LedgerPart):
                 part.memory.ledger = part.shared
                 continue
-            part.memory.device.settle(part.handle)
             if part.copy is not None:
                 part.memory.records[part.copy.key] = part.handle
             elif part.handle.space == "mailbox":
@@ -335,6 +347,7 @@ class Supply:
             else:
                 part.memory.kv.append(part.handle)
         self._claims.clear()
+        return None
 
     # ---- Out
 
@@ -352,7 +365,7 @@ class Supply:
 
         def over(_: ElasticMoEError | None) -> None:
             for memory, one in gone:
-                memory.release(one)
+                memory.let_go(one)
             self._num_releasing -= 1
 
         for device in {memory.device.name: memory.device for memory, _ in gone}.values():

@@ -19,7 +19,7 @@ from elasticmoe.common.protocol.codec import Message, encode
 from elasticmoe.common.protocol.errors import Conflict, DeviceError, ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import FROM_RANK, Applied, Attach, AttachReply, FromRank, SeatMemory
 from elasticmoe.common.telemetry import Logger
-from elasticmoe.services.hmm.sessions.handles import Offer, shares
+from elasticmoe.services.hmm.sessions.handles import Importer, Offer, shares
 
 PENDING_MAX: Final = 128  # connections that have not said who they are
 PENDING_S: Final = 5.0  # that they have for it
@@ -104,8 +104,8 @@ class _Outbox:
 
 class Attached:
     """A living rank: its connection, who it is, and its memory as last `sent`, of which `applied` is the revision that
-    it has mapped. `importer`: as Attach has it. `shared`: ids of the handles that it has, or was sent. `version`: of
-    the HMM's view when that was made."""
+    it has mapped. `importer`: its process, to drivers. `shared`: ids of the handles that it has, or was sent.
+    `version`: of the HMM's view when that was made."""
 
     def __init__(self, channel: Channel[FromRank], request: Attach, outbox: _Outbox) -> None:
         self.channel = channel
@@ -113,7 +113,7 @@ class Attached:
         self.slot = request.slot
         self.device = request.device
         self.incarnation = request.incarnation
-        self.importer = request.importer
+        self.importer = Importer(request.importer)
         self.outbox = outbox
         self.sent = _NOTHING
         self.shared: set[int] = set()
@@ -200,14 +200,13 @@ class Attachments:
             self._log.warning("rank breaks the protocol", slot=slot, reason=error.message)
         return attached
 
-    def share(self, attached: Attached, tell: Callable[[int], tuple[SeatMemory, Offer]]) -> None:
-        """`update` with what `tell` says to its importer number. Its DeviceError shows as the rank's end, too: a driver
-        may refuse to share with a process that has just ended, and that must not end this one."""
+    def share(self, attached: Attached, tell: Callable[[Importer], tuple[SeatMemory, Offer]]) -> None:
+        """`update` with what `tell` says to its process. A failure of that shows as the rank's end, too: a driver may
+        refuse to share with a process that has just ended, and that must not end this one."""
         try:
             seat, offer = tell(attached.importer)
-        except DeviceError as error:
-            self._log.error("memory cannot be shared", slot=attached.slot, code=error.code, reason=error.message)
-            attached.outbox.end()
+        except (DeviceError, Unavailable) as error:
+            self._give_up(attached, error)
             return
         self.update(attached, seat, offer)
 
@@ -222,11 +221,17 @@ class Attachments:
             for message, fds in shares(offer, attached.shared):
                 attached.outbox.put(message, fds, are_lasting=True)  # no handle is given back while a rank may have it
             attached.outbox.put(seat, offer.fds)
-        except Unavailable as error:
-            # The next turn takes it out. A rank that lives resumes, and is sent everything anew.
-            self._log.warning("rank cannot be told", slot=attached.slot, code=error.code, reason=error.message)
-            attached.outbox.end()
+        except (DeviceError, Unavailable) as error:
+            self._give_up(attached, error)
         attached.shared = set(offer.handles)
+
+    def _give_up(self, attached: Attached, error: ElasticMoEError) -> None:
+        """The next turn takes it out. A rank that lives resumes, and is sent everything anew."""
+        if isinstance(error, DeviceError):
+            self._log.error("memory cannot be shared", slot=attached.slot, code=error.code, reason=error.message)
+        else:
+            self._log.warning("rank cannot be told", slot=attached.slot, code=error.code, reason=error.message)
+        attached.outbox.end()
 
     # ---- New connections
 
@@ -270,7 +275,9 @@ class Attachments:
         return found
 
     def refuse(self, channel: Channel[FromRank], error: ElasticMoEError) -> None:
-        """Answer Refused and end the connection."""
+        """Answer Refused and end the connection, with the rank that was admitted by it."""
+        for slot in [slot for slot, one in self.by_slot.items() if one.channel is channel]:
+            self.by_slot.pop(slot).outbox.close()
         channel.refuse(error, deadline_ms=_RECEIVE_MS)
         channel.close()
 

@@ -63,6 +63,21 @@ class View(NamedTuple):
     layouts: tuple[Layout, ...]
 
 
+class Importer:
+    """The process of a rank as drivers know it, for one connection of that rank. `number`: as Attach has it."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._admitted: set[Handle] = set()
+
+    def admit_to(self, device: Device, handle: Handle) -> None:
+        """Let it import what another device has. A driver is asked once: what it was admitted to, it may import until
+        it ends. Raises DeviceError."""
+        if handle not in self._admitted:
+            device.admit_to(handle, (self.number,))
+            self._admitted = {one for one in self._admitted if one.is_live} | {handle}
+
+
 def full_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | None) -> View:
     """All memory of the device, for a rank that attaches. What is on its way out is taken from that rank afterwards, as
     from any other."""
@@ -88,9 +103,10 @@ def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | N
     return View({key: handle for key, handle in memory.records.items() if key in keys}, kv, routed)
 
 
-def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, importer: int) -> tuple[SeatMemory, Offer]:
+def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, importer: Importer) -> tuple[SeatMemory, Offer]:
     """The message for `view`, whose revision is still to be set, and what it needs. The rank, which is the process
-    `importer`, is admitted to the mailboxes. Raises DeviceError."""
+    `importer`, is admitted to the mailboxes that are new. Raises DeviceError; Unavailable at the limit of open files.
+    """
     fds, name = _Fds(), memory.device.id_of
     slots = slots_of(view.layouts)
     seat = SeatMemory(
@@ -146,14 +162,14 @@ def _replica_on(device: str, layouts: tuple[Layout, ...]) -> tuple[int, ...]:
     return next((layout.replica_of(seat) for layout, seat in seats if seat is not None), ())
 
 
-def _mailboxes(view: View, holdings: Holdings, importer: int, fds: _Fds) -> Iterator[SharedMailbox]:
+def _mailboxes(view: View, holdings: Holdings, importer: Importer, fds: _Fds) -> Iterator[SharedMailbox]:
     """Mailboxes of the view's seats, as far as they are made. A seat whose memory is still on its way has none yet."""
     seats = {seat.slot: seat for layout in view.layouts for seat in layout.seats}
     for slot, seat in sorted(seats.items()):
         memory = holdings.memories[seat.device]
         if memory.mailbox is not None:
             token = memory.device.export(memory.mailbox)
-            memory.device.admit_to(memory.mailbox, (importer,))
+            importer.admit_to(memory.device, memory.mailbox)
             yield SharedMailbox(slot, _shared(memory.device.id_of(memory.mailbox), token, fds))
 
 

@@ -21,7 +21,7 @@ from elasticmoe.common.devices.base import Handle
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout
-from elasticmoe.common.protocol.errors import Conflict, DoesNotFit, ElasticMoEError, NotFound
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, NotFound
 from elasticmoe.common.protocol.hmm import StageLayout
 from elasticmoe.common.protocol.ids import TransitionId
 from elasticmoe.common.protocol.replies import Refused, refusal
@@ -303,10 +303,10 @@ class Transitions:
         self._holdings.transition = msgspec.structs.replace(transition, bytes_done=self._supply.bytes_done)
         if transition.phase != "copying":
             return  # it was given up: `advance` takes the claims back
+        error = error or self._supply.settle()
         if error is not None:
             self._fail(error)
             return
-        self._supply.settle()
         self._enter("staged")
 
     def _fail(self, error: ElasticMoEError) -> None:
@@ -381,7 +381,7 @@ class Transitions:
         try:
             for name, count in missing.items():
                 self._supply.claim_kv(memories[name], count, loaded)
-        except DoesNotFit as error:
+        except ElasticMoEError as error:
             self._on_grown(error)
             return False
         if missing:
@@ -389,12 +389,12 @@ class Transitions:
         return bool(missing)
 
     def _on_grown(self, error: ElasticMoEError | None) -> None:
+        error = error or self._supply.settle()
         if error is not None:  # the deployment goes on with less KV
             self._growth_error = error
             self._log.warning("KV did not grow", code=error.code, reason=error.message)
             self._supply.drop_claims()
             return
-        self._supply.settle()
         failpoint("hmm.kv_grown.before")
         self._changed()
         failpoint("hmm.kv_grown.after")

@@ -30,25 +30,41 @@ def marks_of(name: str, template: str) -> Marks | None:
 
 
 class ThinkingParser(ABC):
-    """Of one answer. `is_inside`: the prompt ended with the opening mark."""
+    """Of one answer. `is_inside`: the prompt ended with the opening mark. `_held`: the end of what was read."""
 
     def __init__(self, marks: Marks, *, is_inside: bool) -> None:
         self._marks = marks
         self._held = ""
+        self._num_read = 0  # characters
+        self.num_thought = 0  # of these, before the closing mark, once that has come
         self._is_inside = is_inside
         self._is_at_start = not is_inside  # nothing but spaces so far
 
     def feed(self, text: str) -> list[Reasoning | Text]:
         """What `text` lets out."""
-        return self._read(text, is_last=False)
+        self._held += text
+        self._num_read += len(text)
+        return self._read(is_last=False)
 
     def finish(self) -> list[Reasoning | Text]:
         """What is still held, at the end of the answer."""
-        return self._read("", is_last=True)
+        return self._read(is_last=True)
+
+    @property
+    def is_thinking(self) -> bool:
+        """The opening mark has come, and the closing one has not."""
+        return self._is_inside
 
     @abstractmethod
-    def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
+    def _read(self, *, is_last: bool) -> list[Reasoning | Text]:
         """Both."""
+
+    def _closed(self) -> int:
+        """Where the closing mark begins in `_held`; less than 0 where it has none."""
+        at = self._held.find(self._marks.close)
+        if at >= 0:
+            self.num_thought = self._num_read - len(self._held) + at
+        return at
 
 
 class ReasoningParser(ThinkingParser):
@@ -60,13 +76,12 @@ class ReasoningParser(ThinkingParser):
         self._spaces: list[str] = []  # at the end of what is thought: whether more follows is not known
         self._is_after_mark = is_inside  # spaces that follow are left out
 
-    def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
-        self._held += text
+    def _read(self, *, is_last: bool) -> list[Reasoning | Text]:
         parts: list[Reasoning | Text] = []
         if self._is_at_start and not self._begin(is_last=is_last):
             return parts
         if self._is_inside:
-            at = self._held.find(self._marks.close)
+            at = self._closed()
             end = at if at >= 0 else len(self._held) - (0 if is_last else _partial(self._held, self._marks.close))
             self._think(self._held[:end], parts)
             self._held = self._held[end:]
@@ -116,8 +131,7 @@ class UnseparatedParser(ThinkingParser):
     """For a client that wants the thinking in the text: Reasoning is what stands before the answer, as it is written,
     marks and all, in which no calls are looked for."""
 
-    def _read(self, text: str, *, is_last: bool) -> list[Reasoning | Text]:
-        self._held += text
+    def _read(self, *, is_last: bool) -> list[Reasoning | Text]:
         parts: list[Reasoning | Text] = []
         if self._is_at_start:
             begun = self._held.lstrip()
@@ -125,7 +139,7 @@ class UnseparatedParser(ThinkingParser):
                 return parts
             self._is_at_start, self._is_inside = False, begun.startswith(self._marks.open)
         if self._is_inside:
-            at = self._held.find(self._marks.close)
+            at = self._closed()
             end = len(self._held) - (0 if is_last else _partial(self._held, self._marks.close))
             end = at + len(self._marks.close) if at >= 0 else end
             if end:

@@ -14,6 +14,7 @@ from elasticmoe.services.router.answer_parsers.reasoning import (
 from elasticmoe.services.router.answer_parsers.tools import CallsInstead, ToolParser
 from elasticmoe.services.router.api.tool_use import ToolUse
 from elasticmoe.services.router.api.turns import Turns
+from elasticmoe.services.router.dispatch.streams import Stream
 
 PIECE_CHARS = 2_048  # that are read in one go: 20 ms of the worst that a model can write
 
@@ -89,6 +90,16 @@ class AnswerReader:
     def finish_reason(self, reason: str) -> str:
         """An answer that ends as it should and has calls ends for them."""
         return "tool_calls" if self.num_calls and reason == "stop" else reason
+
+    def num_thought(self, stream: Stream) -> int:
+        """Of the tokens of the choice's `stream`, those before the mark that closes the thinking; while that has not
+        come, all."""
+        thinking = self._reasoning
+        if thinking is None:
+            return 0
+        if thinking.is_thinking:
+            return stream.num_tokens
+        return stream.tokens_within(thinking.num_thought) if thinking.num_thought else 0
 
     def new_call_id(self) -> str:
         """In the form that the model's chat template takes."""

@@ -44,38 +44,55 @@ async def chat_completions(request: Request) -> Response:
 
 
 class StartedChat(NamedTuple):
-    """One that runs: its generation, how it was asked for, and how its text is read (None: it is nothing but text)."""
+    """One that runs: its generation, how it was asked for, and how its text is read (None: it is nothing but text).
+    `is_strict`: tools that do not say whether they are strict are."""
 
     generation: Generation
     options: Options
     form: AnswerForm | None
+    is_strict: bool
 
 
-async def start_chat(request: Request, raw: ChatRequest, *, kind: str, names: FieldNames = CHAT) -> StartedChat:
-    """Submit it. `kind`: what its choices are called by. `names`: what the client calls chat's fields. Raises what
-    `start` raises, InvalidRequest and NotFound."""
+async def start_chat(
+    request: Request, raw: ChatRequest, *, kind: str, names: FieldNames = CHAT, is_strict: bool = False
+) -> StartedChat:
+    """Submit it. `kind`: what its choices are called by. `names`: what the client calls chat's fields. `is_strict`:
+    tools that do not say whether they are strict are, where all of them can be. Raises what `start` raises,
+    InvalidRequest and NotFound."""
     with names.in_errors():
-        return await _started(request, raw, kind)
+        return await _started(request, raw, kind, is_strict=is_strict)
 
 
-async def _started(request: Request, raw: ChatRequest, kind: str) -> StartedChat:
+async def _started(request: Request, raw: ChatRequest, kind: str, *, is_strict: bool) -> StartedChat:
     front = front_of(request)
     front.check_model(raw.model)
     options = _options(raw, front)
     context = front.dispatcher.max_model_len()
     conversation = conversation_of(raw)
     tools, structure = tool_use(raw, tools_of(raw), front.tool_parser, options.structure)
-    options = options._replace(structure=structure)
     client = client_of(request)
     with counting_refusals(front, options.num_choices):
         prompt, tail = await front.texts.encode_chat(conversation, context, client)
         form = _form(raw, front, tools, conversation, tail)
-        options = await with_grammar(front, options, _thought(front, conversation, tail), client)
+        thought = _thought(front, conversation, tail)
+        strict = await _with_strict_tools(front, raw, options, thought, client) if is_strict else None
+        options = strict or await with_grammar(front, options._replace(structure=structure), thought, client)
     front.model.check_embedded(prompt)
     kept = front.model.special_ids(form.specials) if form else frozenset[int]()
     caller = caller_of(request, raw.request_id)
     generation = await start(front, permit_of(request), caller, options, [prompt], kind=kind, kept=kept)
-    return StartedChat(generation, options, form)
+    return StartedChat(generation, options, form, strict is not None)
+
+
+async def _with_strict_tools(
+    front: Front, raw: ChatRequest, options: Options, thought: Thought | None, client: str
+) -> Options | None:
+    """The options with a grammar by which tools are strict that do not say so; None where not all of them can be."""
+    try:
+        _, structure = tool_use(raw, tools_of(raw), front.tool_parser, options.structure, is_strict=True)
+        return await with_grammar(front, options._replace(structure=structure), thought, client)
+    except InvalidRequest:
+        return None
 
 
 def answer_of(front: Front, chat: StartedChat, renderer: Renderer) -> Answer:

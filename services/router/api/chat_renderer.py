@@ -23,6 +23,7 @@ from elasticmoe.services.router.api.told import (
     ChatLogprobs,
     ToldCall,
     ToldFunction,
+    Usage,
 )
 from elasticmoe.services.router.api.usage import end_of_event, end_of_events, usage_of
 from elasticmoe.services.router.dispatch.streams import Output, Stream
@@ -54,7 +55,7 @@ class ChatRenderer:
             delta,
             logprobs,
             finish,
-            self._end or end_of_event(stream),
+            self._end or end_of_event(stream, self._num_thought([stream], index)),
         )
 
     def is_ready(self, _generation: Generation, _index: int) -> bool:
@@ -110,11 +111,21 @@ class ChatRenderer:
     def _reason(self, index: int, reason: str) -> str:
         return reason if self._form is None else self._reader_of(index, self._form).finish_reason(reason)
 
+    def _used(self, generation: Generation) -> Usage:
+        return usage_of(generation, self._num_thought(generation.streams))
+
+    def _num_thought(self, streams: Sequence[Stream], first: int = 0) -> int | None:
+        """Tokens of the choices from `first` on that were thinking; None where the model does not think."""
+        form = self._form
+        if form is None or form.marks is None:
+            return None
+        return sum(self._reader_of(index, form).num_thought(stream) for index, stream in enumerate(streams, first))
+
     def ending(self, generation: Generation) -> bytes:
         """The event with the usage and no choices, where it was asked for."""
         if not self._usage.at_end:
             return DONE
-        return b'%b,"choices":[],"usage":%b}\n\n%b' % (self._head, _encode(usage_of(generation)), DONE)
+        return b'%b,"choices":[],"usage":%b}\n\n%b' % (self._head, _encode(self._used(generation)), DONE)
 
     def failing(self, error: ElasticMoEError) -> bytes:
         """What went wrong."""
@@ -140,7 +151,7 @@ class ChatRenderer:
             pieces.append(b'%b{"index":%d,"message":%b,"logprobs":' % (b"," if index else b"", index, message))
             pieces += entries.json() if self._wants_logprobs else [b"null"]
             pieces.append(b',"finish_reason":%b}' % _encode(self._reason(index, stream.ending.reason)))
-        return [*pieces, b'],"usage":%b}' % _encode(usage_of(generation))]
+        return [*pieces, b'],"usage":%b}' % _encode(self._used(generation))]
 
     def _message(self, index: int, made: _Message) -> AnswerMessage:
         if self._form is None:

@@ -16,10 +16,12 @@ from elasticmoe.services.router.api.words import (
     ANTHROPIC_WORDS,
     MESSAGE_WORDS,
     RESPONSES_WORDS,
+    TOOL_WORDS,
     WORDS,
     UnsupportedAnthropicWords,
     UnsupportedMessageWords,
     UnsupportedResponsesWords,
+    UnsupportedToolWords,
     UnsupportedWords,
 )
 
@@ -28,8 +30,14 @@ limits, hosts and origins: `docs/http.md`; error codes: `docs/reference/errors.m
 the admin listener."""
 _KEY = """The text of the file that the setting `api_key_file` names, as `Authorization: Bearer KEY`. Without that
 setting no key is asked for, and only hosts are served that `docs/http.md` names."""
-_REFUSED = WORDS | MESSAGE_WORDS | RESPONSES_WORDS | ANTHROPIC_WORDS
-_BASES = (UnsupportedMessageWords, UnsupportedWords, UnsupportedResponsesWords, UnsupportedAnthropicWords)
+_REFUSED = WORDS | MESSAGE_WORDS | RESPONSES_WORDS | ANTHROPIC_WORDS | TOOL_WORDS
+_BASES = (
+    UnsupportedMessageWords,
+    UnsupportedWords,
+    UnsupportedResponsesWords,
+    UnsupportedAnthropicWords,
+    UnsupportedToolWords,
+)
 _ERRORS = {
     "400": "The request breaks a stated bound, or asks for what is not supported",
     "401": "The key is missing or wrong",

@@ -13,8 +13,16 @@ from typing import NamedTuple
 
 from elasticmoe.common.protocol.errors import ContextLengthExceeded, InvalidRequest
 
-_MESSAGE = re.compile(r"messages\[(\d+)\]")
+_MESSAGE = re.compile(r"messages\[(\d+)\](?:\.tool_calls\[(\d+)\])?")
 _PLAIN_WORD = re.compile(r"[a-z]+")  # a field's name that sentences have, too
+
+
+class Place(NamedTuple):
+    """Where one of chat's messages stands in a request, and where each of its calls does, where those have places of
+    their own."""
+
+    message: str
+    calls: Sequence[str] = ()
 
 
 class FieldNames(NamedTuple):
@@ -22,7 +30,7 @@ class FieldNames(NamedTuple):
     of chat's messages stands in the request; none: where chat's stand."""
 
     fields: Mapping[str, str]
-    messages: Sequence[str] = ()
+    messages: Sequence[Place] = ()
 
     @contextmanager
     def in_errors(self) -> Iterator[None]:
@@ -58,7 +66,12 @@ class FieldNames(NamedTuple):
 
     def _message(self, found: re.Match[str]) -> str:
         number = int(found[1])
-        return self.messages[number] if number < len(self.messages) else found[0]
+        if number >= len(self.messages):
+            return found[0]
+        place, call = self.messages[number], found[2]
+        if call is None:
+            return place.message
+        return place.calls[int(call)] if int(call) < len(place.calls) else f"{place.message}.tool_calls[{call}]"
 
 
 PLAIN = FieldNames({})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.services.router.api.field_names import FieldNames
+from elasticmoe.services.router.api.field_names import FieldNames, Place
 from elasticmoe.services.router.api.messages_schemas import (
     Block,
     CountRequest,
@@ -30,7 +30,8 @@ from elasticmoe.services.router.api.schemas import (
     Tool,
     ToolCall,
 )
-from elasticmoe.services.router.api.words import ANTHROPIC_WORDS
+from elasticmoe.services.router.api.tool_use import check_kind
+from elasticmoe.services.router.api.words import ANTHROPIC_WORDS, TOOL_WORDS
 
 _FORMAT = "output_config.format"
 _NAMES = {
@@ -71,14 +72,29 @@ def chat_of(raw: CountRequest) -> tuple[ChatRequest, FieldNames]:
         messages=[message for _, message in placed],
         continue_final_message=last.role == "assistant" and bool(last.content) and not last.tool_calls,
         model=raw.model,
-        tools=[Tool("function", FunctionDefinition(t.name, t.description, t.input_schema)) for t in raw.tools or ()],
+        tools=_tools(raw),
         tool_choice=_choice(raw.tool_choice),
         parallel_tool_calls=not (raw.tool_choice and raw.tool_choice.disable_parallel_tool_use),
         include_reasoning=thinking is None or thinking.display != "omitted",
         chat_template_kwargs={"enable_thinking": thinking.type == "enabled"} if thinking and thinks else None,
         **sampling,  # type: ignore[arg-type]
     )
-    return chat, FieldNames(names, [place for place, _ in placed])
+    return chat, FieldNames(names, [Place(place) for place, _ in placed])
+
+
+def _tools(raw: CountRequest) -> list[Tool]:
+    """In chat's words. Raises InvalidRequest for tools that the server would run, by their types."""
+    tools = []
+    for number, tool in enumerate(raw.tools or ()):
+        where = f"tools[{number}]"
+        check_kind(where, tool.type, "custom")
+        refuse_words(tool, TOOL_WORDS, f"{where}.")
+        if tool.name is None or tool.input_schema is None:
+            lacking = "name" if tool.name is None else "input_schema"
+            raise InvalidRequest(f"{where} has no {lacking}", param=f"{where}.{lacking}")
+        function = FunctionDefinition(tool.name, tool.description, tool.input_schema, tool.strict)
+        tools.append(Tool("function", function))
+    return tools
 
 
 def _format(raw: MessagesRequest) -> ResponseFormat | None:

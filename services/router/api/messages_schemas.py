@@ -20,10 +20,11 @@ from elasticmoe.services.router.api.schemas import (
     TOOLS_MAX,
     OutputTokens,
     StopString,
+    ToolKind,
     ToolName,
     TopK,
 )
-from elasticmoe.services.router.api.words import UnsupportedAnthropicWords
+from elasticmoe.services.router.api.words import UnsupportedAnthropicWords, UnsupportedToolWords
 
 _Id = Annotated[str, Meta(max_length=256)]
 
@@ -59,13 +60,16 @@ class InputMessage(msgspec.Struct, frozen=True):
     content: Annotated[str | Annotated[list[Block], Meta(max_length=PARTS_MAX)], says("A text, or blocks")]
 
 
-class MessagesTool(msgspec.Struct, frozen=True):
-    """What the model may call."""
+class MessagesTool(UnsupportedToolWords, frozen=True):
+    """What the model may call. Those that the server would run have types of their own, and are refused by name."""
 
-    name: Annotated[ToolName, says("1 to 64 of `a-z A-Z 0-9 _ . -`")]
-    input_schema: Annotated[dict[str, Any], says("A JSON schema of its arguments")]
+    name: Annotated[ToolName | None, says("1 to 64 of `a-z A-Z 0-9 _ . -`")] = None
+    input_schema: Annotated[dict[str, Any] | None, says("A JSON schema of its arguments")] = None
     description: Annotated[str | None, says("What it does, for the model")] = None
-    type: Annotated[Literal["custom"] | None, says("`custom`; tools that the server runs are refused")] = None
+    type: Annotated[ToolKind | None, says("`custom`; others are refused")] = None
+    strict: Annotated[bool | None, says("Its arguments satisfy the schema, also where the model calls by itself")] = (
+        None
+    )
 
 
 class MessagesToolChoice(msgspec.Struct, frozen=True):

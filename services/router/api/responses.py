@@ -25,9 +25,9 @@ async def responses(request: Request) -> Response:
     front = front_of(request)
     raw = await body_of(request, _decoder)
     asked, names = chat_of(raw)
-    chat = await start_chat(request, asked, kind="resp", names=names)
+    chat = await start_chat(request, asked, kind="resp", names=names, is_strict=True)  # as OpenAI's are by default
     answer_id = f"resp_{request_id_of(request, raw.request_id)}"
-    return answer_of(front, chat, ResponsesRenderer(answer_id, front, raw, chat.options, chat.form))
+    return answer_of(front, chat, ResponsesRenderer(answer_id, front, raw, chat))
 
 
 @routes.post("/v1/embeddings", include_in_schema=False)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from elasticmoe.common.protocol.errors import InvalidRequest
-from elasticmoe.services.router.api.field_names import FieldNames
+from elasticmoe.services.router.api.field_names import FieldNames, Place
 from elasticmoe.services.router.api.options import refuse_words, unsupported
 from elasticmoe.services.router.api.responses_schemas import ChosenTool, Content, InputItem, ResponsesRequest
 from elasticmoe.services.router.api.schemas import (
@@ -23,9 +23,11 @@ from elasticmoe.services.router.api.schemas import (
     Tool,
     ToolCall,
 )
-from elasticmoe.services.router.api.words import RESPONSES_WORDS
+from elasticmoe.services.router.api.tool_use import check_kind
+from elasticmoe.services.router.api.words import RESPONSES_WORDS, TOOL_WORDS
 
 T = TypeVar("T")
+ToolMode = Literal["none", "auto", "required"]
 
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
 _NAMES = {
@@ -39,6 +41,7 @@ _NAMES = {
     "reasoning_effort": "reasoning.effort",
 }
 _NOT_KEPT = "no answer and no conversation is kept: send the conversation whole"
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def chat_of(raw: ResponsesRequest) -> tuple[ChatRequest, FieldNames]:
@@ -46,7 +49,6 @@ def chat_of(raw: ResponsesRequest) -> tuple[ChatRequest, FieldNames]:
     cannot do."""
     refuse_words(raw, RESPONSES_WORDS)
     _refuse(raw)
-    choice = raw.tool_choice
     placed = [*_instructions(raw), *messages_of(raw.input)]
     chat = ChatRequest(
         messages=[message for _, message in placed],
@@ -56,17 +58,33 @@ def chat_of(raw: ResponsesRequest) -> tuple[ChatRequest, FieldNames]:
         top_p=raw.top_p,
         stream=raw.stream,
         stream_options=StreamOptions(include_usage=True) if raw.stream else None,
-        tools=[
-            Tool("function", FunctionDefinition(tool.name, tool.description, tool.parameters, tool.strict))
-            for tool in raw.tools or ()
-        ],
-        tool_choice=NamedTool("function", NamedFunction(choice.name)) if isinstance(choice, ChosenTool) else choice,
+        tools=_tools(raw),
+        tool_choice=_choice(raw.tool_choice),
         parallel_tool_calls=raw.parallel_tool_calls,
         response_format=_format(raw),
         reasoning_effort=raw.reasoning.effort if raw.reasoning else None,
         request_id=raw.request_id,
     )
     return chat, FieldNames(_NAMES, [place for place, _ in placed])
+
+
+def _tools(raw: ResponsesRequest) -> list[Tool]:
+    """In chat's words. Raises InvalidRequest for tools that the server would run, by their types."""
+    tools = []
+    for number, tool in enumerate(raw.tools or ()):
+        where = f"tools[{number}]"
+        check_kind(where, tool.type)
+        refuse_words(tool, TOOL_WORDS, f"{where}.")
+        name = _needed(tool.name, where, "name")
+        tools.append(Tool("function", FunctionDefinition(name, tool.description, tool.parameters, tool.strict)))
+    return tools
+
+
+def _choice(choice: ToolMode | ChosenTool | None) -> ToolMode | NamedTool | None:
+    if not isinstance(choice, ChosenTool):
+        return choice
+    check_kind("tool_choice", choice.type)
+    return NamedTool("function", NamedFunction(_needed(choice.name, "tool_choice", "name")))
 
 
 def _refuse(raw: ResponsesRequest) -> None:
@@ -94,45 +112,54 @@ def _format(raw: ResponsesRequest) -> ResponseFormat | None:
     return ResponseFormat(given.type, JsonSchemaFormat(given.name, given.schema))
 
 
-def _instructions(raw: ResponsesRequest) -> list[tuple[str, ChatMessage]]:
-    return [("instructions", ChatMessage(role="system", content=raw.instructions))] if raw.instructions else []
+def _instructions(raw: ResponsesRequest) -> list[tuple[Place, ChatMessage]]:
+    said = raw.instructions
+    return [(Place("instructions"), ChatMessage(role="system", content=said))] if said else []
 
 
-def messages_of(given: str | Sequence[InputItem]) -> list[tuple[str, ChatMessage]]:
-    """Items as messages, each with the place of its first item: what an assistant thought, said and called in a row is
-    one."""
+def messages_of(given: str | Sequence[InputItem]) -> list[tuple[Place, ChatMessage]]:
+    """Items as messages, each with the place of its first item, and of those that are its calls: what an assistant
+    thought, said and called in a row is one. Raises InvalidRequest for other items."""
     if isinstance(given, str):
-        return [("input", ChatMessage(role="user", content=given))]
-    turns: list[tuple[str, _Turn | ChatMessage]] = []
+        return [(Place("input"), ChatMessage(role="user", content=given))]
+    turns: list[_Turn | tuple[Place, ChatMessage]] = []
     for index, item in enumerate(given):
         where = f"input[{index}]"
+        if item.type not in _ITEMS:
+            raise unsupported(where, f"type {item.type[:40]!r}; supported: {', '.join(_ITEMS)}")
         if item.type == "function_call_output":
             content, call_id = _content(item.output, f"{where}.output"), _needed(item.call_id, where, "call_id")
-            turns.append((where, ChatMessage(role="tool", tool_call_id=call_id, content=content)))
+            turns.append((Place(where), ChatMessage(role="tool", tool_call_id=call_id, content=content)))
         elif item.type == "message" and item.role != "assistant":
             content = _content(item.content, f"{where}.content")
-            turns.append((where, ChatMessage(role=_needed(item.role, where, "role"), content=content)))
+            turns.append((Place(where), ChatMessage(role=_needed(item.role, where, "role"), content=content)))
         else:
-            last = turns[-1][1] if turns else None
+            last = turns[-1] if turns else None
             if not isinstance(last, _Turn) or (item.type == "message" and last.is_said):
-                last = _Turn()
-                turns.append((where, last))
+                last = _Turn(where)
+                turns.append(last)
             last.add(item, where)
-    return [(where, turn.message() if isinstance(turn, _Turn) else turn) for where, turn in turns]
+    return [(turn.place, turn.message()) if isinstance(turn, _Turn) else turn for turn in turns]
 
 
 class _Turn:
-    """An assistant's, as its items come."""
+    """An assistant's, as its items come. `where`: the first of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
+        self._where = where
         self._content: str | list[ContentPart] | None = None
         self._reasoning = ""
-        self._calls: list[ToolCall] = []
+        self._calls: dict[str, ToolCall] = {}  # by their places
 
     @property
     def is_said(self) -> bool:
         """Whether a further message is another turn. After a call it is none: the call's result follows this one."""
         return self._content is not None and not self._calls
+
+    @property
+    def place(self) -> Place:
+        """Where it stands in the request."""
+        return Place(self._where, list(self._calls))
 
     def add(self, item: InputItem, where: str) -> None:
         """One more item of the turn."""
@@ -143,14 +170,14 @@ class _Turn:
             self._reasoning += thought if isinstance(thought, str) else "\n".join(part.text or "" for part in thought)
         else:
             function = CalledFunction(_needed(item.name, where, "name"), item.arguments or "{}")
-            self._calls.append(ToolCall(function, _needed(item.call_id, where, "call_id")))
+            self._calls[where] = ToolCall(function, _needed(item.call_id, where, "call_id"))
 
     def message(self) -> ChatMessage:
         """All of it."""
         return ChatMessage(
             role="assistant",
             content=self._content,
-            tool_calls=self._calls or None,
+            tool_calls=list(self._calls.values()) or None,
             reasoning_content=self._reasoning or None,
         )
 

@@ -15,10 +15,10 @@ from elasticmoe.common.http.errors import detail_of
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.services.router.answer_parsers.parts import AnswerPart, CallArguments, CallStart, Reasoning, Text
 from elasticmoe.services.router.api.answer_reader import AnswerForm, AnswerReader
+from elasticmoe.services.router.api.chat import StartedChat
 from elasticmoe.services.router.api.front import Front
 from elasticmoe.services.router.api.generate import Generation
-from elasticmoe.services.router.api.options import Options
-from elasticmoe.services.router.api.responses_schemas import ResponsesRequest
+from elasticmoe.services.router.api.responses_schemas import FunctionTool, ResponsesRequest
 from elasticmoe.services.router.dispatch.streams import Output, Stream
 
 _encode = msgspec.json.encode
@@ -32,12 +32,11 @@ class ResponsesRenderer:
     """Of one request. `_items`: the output so far; while `_is_open` the last one's text, or arguments, are in
     `_pieces`."""
 
-    def __init__(
-        self, answer_id: str, front: Front, raw: ResponsesRequest, options: Options, form: AnswerForm | None
-    ) -> None:
+    def __init__(self, answer_id: str, front: Front, raw: ResponsesRequest, chat: StartedChat) -> None:
         self._raw = raw
-        self._options = options
-        self._reader = AnswerReader(form or AnswerForm())
+        self._options = chat.options
+        self._is_strict = chat.is_strict
+        self._reader = AnswerReader(chat.form or AnswerForm())
         self._facts = {"id": answer_id, "object": "response", "created_at": int(time.time()), "model": front.model.name}
         self._number = 0  # of the next event
         self._items: list[Item] = []
@@ -167,7 +166,7 @@ class ResponsesRenderer:
             "input_tokens": num_in,
             "input_tokens_details": {"cached_tokens": 0},
             "output_tokens": num_out,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": self._reader.num_thought(generation.streams[0])},
             "total_tokens": num_in + num_out,
         }
         return {
@@ -186,12 +185,16 @@ class ResponsesRenderer:
             "temperature": sampling.temperature,
             "text": {"format": _format(raw), "verbosity": "medium"},
             "tool_choice": "auto" if raw.tool_choice is None else raw.tool_choice,
-            "tools": raw.tools or [],
+            "tools": [self._told(tool) for tool in raw.tools or ()],
             "top_p": sampling.top_p,
             "truncation": "disabled",
             "usage": usage if is_over else None,
             "user": raw.user,
         }
+
+    def _told(self, tool: FunctionTool) -> FunctionTool:
+        """As it was sent, and whether its calls satisfy its schema."""
+        return msgspec.structs.replace(tool, strict=self._is_strict) if tool.strict is None else tool
 
 
 def _format(raw: ResponsesRequest) -> dict[str, Any]:

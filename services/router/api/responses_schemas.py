@@ -20,9 +20,10 @@ from elasticmoe.services.router.api.schemas import (
     USER_CHARS_MAX,
     OutputTokens,
     ReasoningEffort,
+    ToolKind,
     ToolName,
 )
-from elasticmoe.services.router.api.words import UnsupportedResponsesWords
+from elasticmoe.services.router.api.words import UnsupportedResponsesWords, UnsupportedToolWords
 
 _Id = Annotated[str, Meta(max_length=256)]
 
@@ -40,10 +41,11 @@ Content = str | Annotated[list[InputPart], Meta(max_length=PARTS_MAX)]
 
 
 class InputItem(msgspec.Struct, frozen=True, kw_only=True):
-    """One item of a conversation: a message, a call, what it gave, or what the model thought."""
+    """One item of a conversation: a message, a call, what it gave, or what the model thought. Others are refused."""
 
     type: Annotated[
-        Literal["message", "function_call", "function_call_output", "reasoning"], says("Which; a message without one")
+        Annotated[str, Meta(max_length=64)],
+        says("`message`, also where it is absent, `function_call`, `function_call_output` or `reasoning`"),
     ] = "message"
     role: Annotated[Literal["system", "developer", "user", "assistant"] | None, says("Of a message: who says it")] = (
         None
@@ -57,21 +59,21 @@ class InputItem(msgspec.Struct, frozen=True, kw_only=True):
     output: Annotated[Content | None, says("Of what a call gave")] = None
 
 
-class FunctionTool(msgspec.Struct, frozen=True):
-    """What the model may call; there are functions only."""
+class FunctionTool(UnsupportedToolWords, frozen=True):
+    """What the model may call; there are functions only, and others are refused by name."""
 
-    type: Annotated[Literal["function"], says("`function`")]
-    name: Annotated[ToolName, says("1 to 64 of `a-z A-Z 0-9 _ . -`")]
+    type: Annotated[ToolKind, says("`function`")]
+    name: Annotated[ToolName | None, says("1 to 64 of `a-z A-Z 0-9 _ . -`")] = None
     description: Annotated[str | None, says("What it does, for the model")] = None
     parameters: Annotated[dict[str, Any] | None, says("A JSON schema of its arguments")] = None
-    strict: Annotated[bool | None, says("Checked, and not used")] = None
+    strict: Annotated[bool | None, says("Calls satisfy the schema; absent: where all tools' can be kept to")] = None
 
 
 class ChosenTool(msgspec.Struct, frozen=True):
-    """A tool that is to be called."""
+    """A tool that is to be called; a function."""
 
-    type: Annotated[Literal["function"], says("`function`")]
-    name: Annotated[str, says("Its name")]
+    type: Annotated[ToolKind, says("`function`")]
+    name: Annotated[str | None, says("Its name")] = None
 
 
 class TextFormat(msgspec.Struct, frozen=True):

@@ -120,6 +120,7 @@ class ContentPart(msgspec.Struct, frozen=True):
 
 
 ToolName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,64}\Z")]
+ToolKind = Annotated[str, Meta(max_length=64)]
 
 
 class FunctionDefinition(msgspec.Struct, frozen=True):
@@ -128,14 +129,14 @@ class FunctionDefinition(msgspec.Struct, frozen=True):
     name: Annotated[ToolName, says("1 to 64 of `a-z A-Z 0-9 _ . -`")]
     description: Annotated[str | None, says("What it does, for the model")] = None
     parameters: Annotated[dict[str, Any] | None, says("A JSON schema of its arguments; none: it takes none")] = None
-    strict: Annotated[bool | None, says("Not used: calls that are `required` keep to the schema anyway")] = None
+    strict: Annotated[bool | None, says("Calls satisfy the schema; those that are `required` do anyway")] = None
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """A tool; there are functions only."""
+    """A tool; there are functions only, and others are refused."""
 
-    type: Annotated[Literal["function"], says("`function`")]
-    function: Annotated[FunctionDefinition, says("The function")]
+    type: Annotated[ToolKind, says("`function`")]
+    function: Annotated[FunctionDefinition | None, says("The function")] = None
 
 
 class NamedFunction(msgspec.Struct, frozen=True):
@@ -147,8 +148,8 @@ class NamedFunction(msgspec.Struct, frozen=True):
 class NamedTool(msgspec.Struct, frozen=True):
     """One of the tools, which is to be called."""
 
-    type: Annotated[Literal["function"], says("`function`")]
-    function: Annotated[NamedFunction, says("Which")]
+    type: Annotated[ToolKind, says("`function`; others are refused")]
+    function: Annotated[NamedFunction | None, says("Which")] = None
 
 
 class CalledFunction(msgspec.Struct, frozen=True):

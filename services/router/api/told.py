@@ -9,12 +9,21 @@ import msgspec
 from elasticmoe.common.described import says
 
 
+class CompletionDetails(msgspec.Struct, frozen=True):
+    """Of the tokens that were generated."""
+
+    reasoning_tokens: Annotated[int, says("What the model thought, up to the mark that closes it")]
+
+
 class Usage(msgspec.Struct, frozen=True):
     """Tokens: the prompts' (each once, whatever `n`), and those generated, up to a stop string's last."""
 
     prompt_tokens: Annotated[int, says("Of the prompts, each once whatever `n`")]
     completion_tokens: Annotated[int, says("Generated, up to a stop string's last")]
     total_tokens: Annotated[int, says("Both")]
+    completion_tokens_details: Annotated[
+        CompletionDetails | msgspec.UnsetType, says("In chat, where the model thinks")
+    ] = msgspec.UNSET
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -94,12 +103,12 @@ class CallDelta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ResponsesUsage(msgspec.Struct, frozen=True):
-    """Tokens of a response. The details are OpenAI's; here they are always 0."""
+    """Tokens of a response."""
 
     input_tokens: Annotated[int, says("Of the conversation")]
-    input_tokens_details: Annotated[dict[str, int], says("`cached_tokens`")]
+    input_tokens_details: Annotated[dict[str, int], says("`cached_tokens`, always 0")]
     output_tokens: Annotated[int, says("Generated")]
-    output_tokens_details: Annotated[dict[str, int], says("`reasoning_tokens`")]
+    output_tokens_details: Annotated[dict[str, int], says("`reasoning_tokens`: as for chat")]
     total_tokens: Annotated[int, says("Both")]
 
 

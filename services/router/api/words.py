@@ -233,6 +233,15 @@ MESSAGE_WORDS: dict[str, Word] = {
     "partial": Word("use continue_final_message", (False,)),
 }
 
+# Of a tool, in the newer interfaces.
+TOOL_WORDS: dict[str, Word] = {
+    "allowed_callers": Word("no code is run that could call it", (["direct"],)),
+    "async": Word("the conversation goes on with its result", (False,)),
+    "defer_loading": Word("the model is told all tools at once", (False,)),
+    "input_examples": Word("write them into the description"),
+    "output_schema": Word("write it into the description"),
+}
+
 if TYPE_CHECKING:
 
     class UnsupportedWords(msgspec.Struct, frozen=True, kw_only=True):
@@ -246,6 +255,9 @@ if TYPE_CHECKING:
 
     class UnsupportedAnthropicWords(msgspec.Struct, frozen=True, kw_only=True):
         """The same for ANTHROPIC_WORDS."""
+
+    class UnsupportedToolWords(msgspec.Struct, frozen=True, kw_only=True):
+        """The same for TOOL_WORDS."""
 else:
 
     def _fields_of(name, words):
@@ -256,6 +268,7 @@ else:
     UnsupportedMessageWords = _fields_of("UnsupportedMessageWords", MESSAGE_WORDS)
     UnsupportedResponsesWords = _fields_of("UnsupportedResponsesWords", RESPONSES_WORDS)
     UnsupportedAnthropicWords = _fields_of("UnsupportedAnthropicWords", ANTHROPIC_WORDS)
+    UnsupportedToolWords = _fields_of("UnsupportedToolWords", TOOL_WORDS)
 
 
 def asked_for(struct: msgspec.Struct, words: Mapping[str, Word]) -> Iterator[tuple[str, Word, str]]:

@@ -107,6 +107,10 @@ class Stream:
         """The stop string that ended it."""
         return self._text.stopped_by
 
+    def tokens_within(self, num_chars: int) -> int:
+        """How many tokens the first `num_chars` characters of the output are made of, the last of them whole."""
+        return self._text.tokens_within(num_chars)
+
     @property
     def has_ended(self) -> bool:
         """Nothing more will come."""

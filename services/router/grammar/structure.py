@@ -25,18 +25,22 @@ class Structure(msgspec.Struct, frozen=True):
 
 
 class WrittenTool(msgspec.Struct, frozen=True):
-    """One that may be called. `parameters`: the JSON schema of its arguments; None: it takes none."""
+    """One that may be called. `parameters`: the JSON schema of its arguments; None: it takes none. `is_free`: they may
+    be any object."""
 
     name: str
     parameters: dict[str, Any] | None = None
+    is_free: bool = False
 
 
 class WrittenCalls(msgspec.Struct, frozen=True):
-    """An answer of calls alone, in one of the forms of answer_parsers/forms.py. `is_single`: of one."""
+    """An answer of calls, in one of the forms of answer_parsers/forms.py. `is_single`: of one. `is_in_text`: calls may
+    stand in any text; else there is nothing but calls."""
 
     form: str
     tools: list[WrittenTool]
     is_single: bool
+    is_in_text: bool = False
 
 
 class Thought(msgspec.Struct, frozen=True):

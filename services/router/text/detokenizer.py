@@ -9,9 +9,11 @@ space is kept, because the text continues a prompt.
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import json
 import re
+from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -156,11 +158,11 @@ class TextStream:
     """
 
     __slots__ = (
+        "_ends",
         "_first_chars",
         "_held",
         "_matchers",
         "_min_tokens",
-        "_num_tokens",
         "_partial",
         "_skip",
         "_table",
@@ -183,7 +185,7 @@ class TextStream:
         self._matchers = [_Matcher(stop) for stop in stops]
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._min_tokens = min_tokens
-        self._num_tokens = 0
+        self._ends = array("I")  # of each token: characters up to its end
         self._partial = b""  # the beginning of a character
         self._held = ""  # perhaps the beginning of a stop string
         self.has_stopped = False
@@ -192,14 +194,15 @@ class TextStream:
 
     def feed(self, token_id: int) -> str:
         """The text that `token_id` lets out: possibly none, possibly more than its own."""
-        self._num_tokens += 1
         if token_id in self._skip:
+            self._ends.append(self.num_chars)
             return ""
         raw = self._partial + self._table.bytes_of(token_id)
         text, used = codecs.utf_8_decode(raw, "replace", False)
         self._partial = raw[used:]
         self.num_chars += len(text)
-        if not self._matchers or self._num_tokens <= self._min_tokens:
+        self._ends.append(self.num_chars)
+        if not self._matchers or len(self._ends) <= self._min_tokens:
             return text
         return self._hold_back(text)
 
@@ -212,6 +215,10 @@ class TextStream:
         self.num_chars += len(text)
         text, self._held = self._held + text, ""
         return text
+
+    def tokens_within(self, num_chars: int) -> int:
+        """How many tokens the first `num_chars` characters are made of, the last of them whole."""
+        return bisect.bisect_right(self._ends, num_chars)
 
     def _hold_back(self, text: str) -> str:
         if not self._held and self._first_chars.isdisjoint(text):

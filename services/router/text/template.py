@@ -278,7 +278,8 @@ class ChatTemplate:
         if not calls:
             return message
         if not self._takes_arguments_as_text:
-            calls = [_with_arguments(call, f"messages[{index}]") for call in calls]
+            where = f"messages[{index}].tool_calls"
+            calls = [_with_arguments(call, f"{where}[{number}]") for number, call in enumerate(calls)]
         content = message["content"]
         if content is None and not self._takes_no_content:
             content = ""

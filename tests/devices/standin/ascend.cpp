@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <set>
+#include <utility>
 
 #include "memory.h"
 
@@ -20,7 +21,9 @@ constexpr uint64_t kKey = 0xA5CEull << 48;
 
 std::atomic<uint64_t> calls;
 std::atomic<uint64_t> num_queued, bytes_queued;  // copies within devices and between them, by aclrtMemcpyAsync
-thread_local int32_t current = -1;  // the device that this thread has set
+thread_local int32_t current = -1;               // the device that this thread has set
+// Of the calls of this thread that were refused, until somebody asks for it.
+thread_local std::string told;
 
 struct State {
   State() : space(pool), tgid(0), start(0) {}
@@ -43,6 +46,7 @@ State& state() {
 }
 
 aclError code_of(Why why) {
+  if (why != Why::kFine) told = "EZ9999: Inner Error!\n        a rule of the driver is broken";
   switch (why) {
     case Why::kFine:
       return ACL_SUCCESS;
@@ -67,7 +71,10 @@ aclError code_of(Why why) {
 
 // One call at a time, of a thread that has a device.
 struct Call {
-  Call() : lock(state().mutex), code(current < 0 ? ACL_ERROR_RT_CONTEXT_NULL : ACL_SUCCESS) { ++calls; }
+  Call() : lock(state().mutex), code(current < 0 ? ACL_ERROR_RT_CONTEXT_NULL : ACL_SUCCESS) {
+    ++calls;
+    if (current >= 0 && state().pool.is_gone(static_cast<uint32_t>(current))) code = ACL_ERROR_RT_LOST_HEARTBEAT;
+  }
   std::unique_lock<std::mutex> lock;
   aclError code;
 };
@@ -166,7 +173,7 @@ aclError copy(void* dst, const void* src, size_t count, aclrtMemcpyKind kind, St
     return ACL_ERROR_RT_PARAM_INVALID;
   }
   if (state().is_lost[stream->device()]) return ACL_ERROR_RT_SYS_DMA;
-  stream->copy(to, from, count, to_host || !is_to_ours, from_host || !is_from_ours);
+  stream->copy(space, to, from, count, to_host || !is_to_ours, from_host || !is_from_ours);
   return ACL_SUCCESS;
 }
 
@@ -211,6 +218,7 @@ aclError aclrtSetDevice(int32_t device) {
   ++calls;
   if (!state().tgid) return ACL_ERROR_UNINITIALIZE;
   if (device < 0 || device >= static_cast<int32_t>(state().pool.num_devices())) return ACL_ERROR_RT_INVALID_DEVICEID;
+  if (state().pool.is_gone(static_cast<uint32_t>(device))) return ACL_ERROR_RT_LOST_HEARTBEAT;
   current = device;
   return ACL_SUCCESS;
 }
@@ -245,6 +253,14 @@ aclError aclrtReleaseMemAddress(void* address) {
   ENTER;
   return code_of(state().space.unreserve(reinterpret_cast<uint64_t>(address), 0));
 }
+
+#ifndef STANDIN_V1
+const char* aclGetRecentErrMsg() {
+  thread_local std::string taken;
+  taken = std::exchange(told, {});
+  return taken.empty() ? nullptr : taken.c_str();
+}
+#endif
 
 aclError aclrtGetVersion(int32_t* major, int32_t* minor, int32_t* patch) {
   *major = ACL_MAJOR_VERSION;
@@ -409,6 +425,7 @@ aclError aclrtMemcpy(void* dst, size_t room, const void* src, size_t count, aclr
 
 aclError aclrtMemset(void* address, size_t room, int32_t value, size_t count) {
   ENTER;
+  if (state().is_lost[current]) return ACL_ERROR_RT_SYS_DMA;
   const auto at = reinterpret_cast<uint64_t>(address);
   if (count > room || !state().space.can_touch(at, count, true)) return ACL_ERROR_RT_PARAM_INVALID;
   if (value == 0) {

@@ -65,6 +65,8 @@ struct Call {
       code = CUDA_ERROR_NOT_INITIALIZED;
     } else if (needs_context && !current) {
       code = CUDA_ERROR_INVALID_CONTEXT;
+    } else if (needs_context && state().pool.is_gone(current->device)) {
+      code = CUDA_ERROR_CONTEXT_IS_DESTROYED;
     } else if (needs_context && current->is_lost) {
       code = CUDA_ERROR_ILLEGAL_ADDRESS;
     }
@@ -74,6 +76,7 @@ struct Call {
 };
 
 CUresult run(Stream* stream, uint64_t last, bool is_due) {
+  if (state().pool.is_gone(stream->device())) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
   Context& context = state().contexts[stream->device()];
   if (context.is_lost || !stream->run(state().space, last, is_due)) context.is_lost = true;
   return context.is_lost ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
@@ -98,7 +101,7 @@ Event* made(CUevent event) {
 
 CUresult copy_now(uint64_t dst, uint64_t src, size_t nbytes, bool to_host, bool from_host) {
   Stream stream(current->device);
-  stream.copy(dst, src, nbytes, to_host, from_host);
+  stream.copy(state().space, dst, src, nbytes, to_host, from_host);
   return run(&stream, stream.last(), false);
 }
 
@@ -132,6 +135,18 @@ CUresult cuDeviceGetCount(int* count) {
   *count = static_cast<int>(state().pool.num_devices());
   return CUDA_SUCCESS;
 }
+
+#ifndef STANDIN_V1
+CUresult cuGetErrorName(CUresult error, const char** text) {
+  *text = error == CUDA_ERROR_SYSTEM_NOT_READY ? "CUDA_ERROR_SYSTEM_NOT_READY" : nullptr;
+  return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+CUresult cuGetErrorString(CUresult error, const char** text) {
+  *text = error == CUDA_ERROR_SYSTEM_NOT_READY ? "system not yet\n  initialized" : nullptr;
+  return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+#endif
 
 CUresult cuDriverGetVersion(int* version) {
   *version = CUDA_VERSION;
@@ -174,6 +189,7 @@ CUresult cuDeviceCanAccessPeer(int* can, CUdevice device, CUdevice peer) {
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
   ENTER(false);
   if (!is_device(device)) return CUDA_ERROR_INVALID_DEVICE;
+  if (state().pool.is_gone(static_cast<uint32_t>(device))) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
   *context = reinterpret_cast<CUcontext>(&state().contexts[device]);
   return CUDA_SUCCESS;
 }
@@ -324,7 +340,7 @@ CUresult cuMemcpyDtoDAsync(CUdeviceptr dst, CUdeviceptr src, size_t count, CUstr
     if (!space.is_in_range(address)) return CUDA_ERROR_INVALID_VALUE;
     if (space.device_of(address) != kDevicesMax && space.device_of(address) != device) return CUDA_ERROR_INVALID_VALUE;
   }
-  made(stream)->copy(dst, src, count, false, false);
+  made(stream)->copy(space, dst, src, count, false, false);
   return CUDA_SUCCESS;
 }
 
@@ -336,7 +352,7 @@ CUresult cuMemcpyPeerAsync(CUdeviceptr dst, CUcontext dst_context, CUdeviceptr s
   if (space.device_of(dst) != device_of(dst_context) || space.device_of(src) != device_of(src_context)) {
     return CUDA_ERROR_INVALID_VALUE;
   }
-  made(stream)->copy(dst, src, count, false, false);
+  made(stream)->copy(space, dst, src, count, false, false);
   return CUDA_SUCCESS;
 }
 

@@ -7,12 +7,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cinttypes>
 #include <climits>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 namespace standin {
 namespace {
@@ -23,6 +25,25 @@ uint64_t setting(const char* name, uint64_t otherwise) {
   const char* text = std::getenv(name);
   return text ? std::strtoull(text, nullptr, 10) : otherwise;
 }
+
+// One process at a time changes what devices have: the files of their memory and its count. Whoever is killed in its
+// turn loses it, for the kernel ends the lock with the process.
+class Turn {
+ public:
+  explicit Turn(const std::string& folder)
+      : fd_(::open((folder + "/turn").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600)) {
+    while (fd_ >= 0 && flock(fd_, LOCK_EX) != 0 && errno == EINTR) {
+    }
+  }
+  ~Turn() {
+    if (fd_ >= 0) ::close(fd_);
+  }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  int fd_;
+};
 
 // Memory of a device comes as the last one left it.
 void soil(int fd, uint64_t nbytes) {
@@ -68,6 +89,10 @@ uint32_t Pool::hardware(uint32_t device) const {
   return at ? static_cast<uint32_t>(std::strtoul(at, nullptr, 10)) : device;
 }
 
+bool Pool::is_gone(uint32_t device) const {
+  return access((folder_ + "/lost." + std::to_string(device)).c_str(), F_OK) == 0;
+}
+
 std::string Pool::path(uint32_t device, uint64_t serial, uint64_t nbytes) const {
   char name[96];
   std::snprintf(name, sizeof name, "/memory.%u.%" PRIu64 ".%" PRIu64, device, serial, nbytes);
@@ -75,6 +100,11 @@ std::string Pool::path(uint32_t device, uint64_t serial, uint64_t nbytes) const 
 }
 
 uint64_t Pool::used(uint32_t device) {
+  const Turn turn(folder_);
+  return counted(device);
+}
+
+uint64_t Pool::counted(uint32_t device) {
   uint64_t total = 0;
   DIR* folder = opendir(folder_.c_str());
   if (!folder) std::abort();
@@ -99,7 +129,8 @@ uint64_t Pool::used(uint32_t device) {
 }
 
 Physical* Pool::create(uint32_t device, uint64_t nbytes) {
-  if (static_cast<uint64_t>(registry_->used[device]) + nbytes > nbytes_ && used(device) + nbytes > nbytes_)
+  const Turn turn(folder_);
+  if (static_cast<uint64_t>(registry_->used[device]) + nbytes > nbytes_ && counted(device) + nbytes > nbytes_)
     return nullptr;
   const uint64_t serial = ++registry_->serial;
   const int fd = ::open(path(device, serial, nbytes).c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -125,6 +156,7 @@ Physical* Pool::held(int fd, uint32_t device, uint64_t nbytes, uint64_t serial, 
 }
 
 Physical* Pool::open(uint64_t serial) {
+  const Turn turn(folder_);
   const Entry& entry = registry_->entries[serial % kEntries];
   if (!serial || entry.serial != serial) return nullptr;
   const std::string name = path(entry.device, serial, entry.nbytes);
@@ -159,6 +191,7 @@ int Pool::descriptor(const Physical& physical) const {
 }
 
 void Pool::close(Physical* physical) {
+  const Turn turn(folder_);
   munmap(physical->hold, 1);
   const int fd = ::open(path(physical->device, physical->serial, physical->nbytes).c_str(), O_RDWR | O_CLOEXEC);
   if (fd >= 0) {
@@ -222,7 +255,7 @@ Why AddressSpace::map(uint64_t address, uint64_t nbytes, uint64_t offset, Physic
   void* at = mmap(reinterpret_cast<void*>(address), nbytes, protection, MAP_SHARED | MAP_FIXED, fd, 0);
   ::close(fd);
   if (at == MAP_FAILED) return Why::kNoAddresses;
-  mappings[address] = Mapping{physical, protection};
+  mappings[address] = Mapping{physical, protection, ++num_mapped_};
   ++physical->num_mappings;
   return Why::kFine;
 }
@@ -283,6 +316,16 @@ bool AddressSpace::can_touch(uint64_t address, uint64_t nbytes, bool writes) con
   return true;
 }
 
+std::vector<uint64_t> AddressSpace::numbers(uint64_t address, uint64_t nbytes) const {
+  std::vector<uint64_t> found;
+  for (uint64_t at = address, end = 0; at < address + nbytes; at = end) {
+    const Mapping* mapping = mapping_at(at, end);
+    found.push_back(mapping ? mapping->number : 0);
+    if (!mapping) break;
+  }
+  return found;
+}
+
 bool AddressSpace::is_in_range(uint64_t address) const {
   return const_cast<AddressSpace*>(this)->find(address) != ranges_.end();
 }
@@ -293,8 +336,12 @@ uint32_t AddressSpace::device_of(uint64_t address) const {
   return mapping ? mapping->physical->device : kDevicesMax;
 }
 
-void Stream::copy(uint64_t dst, uint64_t src, uint64_t nbytes, bool to_host, bool from_host) {
-  copies_.push_back(Copy{dst, src, nbytes, to_host, from_host, std::chrono::steady_clock::now() + kDelay});
+void Stream::copy(const AddressSpace& space, uint64_t dst, uint64_t src, uint64_t nbytes, bool to_host,
+                  bool from_host) {
+  Copy asked{dst, src, nbytes, to_host, from_host, {}, {}, std::chrono::steady_clock::now() + kDelay};
+  if (!to_host) asked.to = space.numbers(dst, nbytes);
+  if (!from_host) asked.from = space.numbers(src, nbytes);
+  copies_.push_back(std::move(asked));
   ++num_asked_;
 }
 
@@ -302,8 +349,11 @@ bool Stream::run(const AddressSpace& space, uint64_t last, bool is_due) {
   while (num_done_ < last) {
     const Copy& copy = copies_.front();
     if (is_due && std::chrono::steady_clock::now() < copy.due) break;
-    const bool can = (copy.to_host || space.can_touch(copy.dst, copy.nbytes, true)) &&
-                     (copy.from_host || space.can_touch(copy.src, copy.nbytes, false));
+    const auto is_there = [&](uint64_t address, bool writes, const std::vector<uint64_t>& numbers) {
+      return space.can_touch(address, copy.nbytes, writes) && space.numbers(address, copy.nbytes) == numbers;
+    };
+    const bool can =
+        (copy.to_host || is_there(copy.dst, true, copy.to)) && (copy.from_host || is_there(copy.src, false, copy.from));
     if (!can) return false;
     std::memcpy(reinterpret_cast<void*>(copy.dst), reinterpret_cast<const void*>(copy.src), copy.nbytes);
     copies_.pop_front();

@@ -5,7 +5,8 @@
 // how many devices there are and what each has. STANDIN_TGID: the process's number on the machine, else one of its own.
 // STANDIN_HARDWARE: of each device in its order, which hardware it is to this process (1,0,2: the first two are
 // exchanged), else what its number says; only who asks for a device's identity sees it. STANDIN_NO_PEERS: pairs of
-// devices of which none can access the other's memory (0-1,2-3). Both are looked at whenever they matter.
+// devices of which none can access the other's memory (0-1,2-3). Both are looked at whenever they matter, and so is a
+// file of the folder, lost.N: the device of that number is lost to every process.
 #pragma once
 
 #include <atomic>
@@ -86,6 +87,7 @@ class Pool {
   uint64_t tick() { return ++registry_->clock; }
   bool can_access(uint32_t device, uint32_t peer) const;
   uint32_t hardware(uint32_t device) const;
+  bool is_gone(uint32_t device) const;
   // What of a device is held by anybody, after a look at each piece.
   uint64_t used(uint32_t device);
   Physical* create(uint32_t device, uint64_t nbytes);  // nullptr: no memory
@@ -96,6 +98,7 @@ class Pool {
 
  private:
   std::string path(uint32_t device, uint64_t serial, uint64_t nbytes) const;
+  uint64_t counted(uint32_t device);
   static Physical* held(int fd, uint32_t device, uint64_t nbytes, uint64_t serial, bool is_imported);
   std::string folder_;
   uint32_t num_devices_;
@@ -106,6 +109,7 @@ class Pool {
 struct Mapping {
   Physical* physical;
   int protection;
+  uint64_t number;  // no other one of the process has it, before or after
 };
 
 struct Range {
@@ -124,6 +128,8 @@ class AddressSpace {
   Why unmap(uint64_t address, uint64_t nbytes);  // nbytes 0: whatever is mapped from there
   Why release(Physical* physical);
   bool can_touch(uint64_t address, uint64_t nbytes, bool writes) const;
+  // Of the mappings there, in their order; 0 ends them where nothing is mapped.
+  std::vector<uint64_t> numbers(uint64_t address, uint64_t nbytes) const;
   bool is_in_range(uint64_t address) const;
   uint32_t device_of(uint64_t address) const;  // of what is mapped there; kDevicesMax: nothing
 
@@ -132,15 +138,16 @@ class AddressSpace {
   const Mapping* mapping_at(uint64_t address, uint64_t& end) const;
   Pool& pool_;
   std::map<uint64_t, Range> ranges_;
+  uint64_t num_mapped_ = 0;
 };
 
-// Copies in their order, done when somebody waits for them, or looks a while later. One that touches what is not mapped
-// is a fault, after which nothing of the device is done any more.
+// Copies in their order, done when somebody waits for them, or looks a while later. One that touches what is not
+// mapped, or was mapped since it was asked for, is a fault, after which nothing of the device is done any more.
 class Stream {
  public:
   explicit Stream(uint32_t device) : device_(device) {}
   uint32_t device() const { return device_; }
-  void copy(uint64_t dst, uint64_t src, uint64_t nbytes, bool to_host, bool from_host);
+  void copy(const AddressSpace& space, uint64_t dst, uint64_t src, uint64_t nbytes, bool to_host, bool from_host);
   uint64_t last() const { return num_asked_; }
   // Do what was asked up to the `last`; `is_due`: only what has waited long enough. False: there was a fault.
   bool run(const AddressSpace& space, uint64_t last, bool is_due);
@@ -150,6 +157,7 @@ class Stream {
   struct Copy {
     uint64_t dst, src, nbytes;
     bool to_host, from_host;
+    std::vector<uint64_t> to, from;  // mappings of the ends when it was asked for
     std::chrono::steady_clock::time_point due;
   };
   uint32_t device_;

@@ -1,0 +1,196 @@
+"""Groups whose members connect in their first collective, as nccl's and hccl's do: that is over before a rank has one.
+
+gloo does what they would, under a name that connects late.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from elasticmoe.services.worker.exchange import groups as module
+from elasticmoe.services.worker.exchange.groups import Group, Groups
+from tests.procs.waiting import wait_until
+
+CPU = torch.device("cpu")
+make_gloo = module.BY_DEVICE["cpu"]
+
+
+class Late:
+    """A group of torch's, and in which threads its collectives were begun."""
+
+    def __init__(self, group: Any) -> None:
+        self.group, self.threads = group, list[str]()
+        self.is_aborted = False
+
+    def alltoall_base(self, *arguments: Any) -> Any:
+        self.threads.append(threading.current_thread().name)
+        return self.group.alltoall_base(*arguments)
+
+    def abort(self) -> None:
+        group, self.group = self.group, None  # who lets go of it last waits for its peers
+        group.abort()
+        del group
+        self.is_aborted = True
+
+
+class Alone(Late):
+    """One whose peer has died before it connected: what is begun is never over."""
+
+    def alltoall_base(self, *_: Any) -> Any:
+        self.threads.append(threading.current_thread().name)
+        return self
+
+    def is_completed(self) -> bool:
+        return False
+
+
+class Broken(Late):
+    """One that torch refuses to connect."""
+
+    def alltoall_base(self, *_: Any) -> Any:
+        raise RuntimeError("Duplicate GPU detected")
+
+
+class Makers:
+    """Makes groups of a `kind` where ranks ask for gloo's. `made`: all of them."""
+
+    def __init__(self) -> None:
+        self.kind: type[Late] = Late
+        self.made: list[Late] = []
+
+    def make(self, device: torch.device, store: Any, rank: int, size: int) -> Group:
+        one = self.kind(make_gloo(device, store, rank, size)._group)
+        self.made.append(one)
+        return Group(one, ends_by_itself=True, connects_on=device)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> Makers:
+    """Groups of CPUs connect late. Before `pair`."""
+    makers = Makers()
+    monkeypatch.setitem(module.BY_DEVICE, "cpu", makers.make)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda _: None)  # CPUs have no current one
+    return makers
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[list[Groups]]:
+    """Of two ranks."""
+    made = [Groups(tmp_path / "rendezvous", "memory", slot, CPU) for slot in (0, 1)]
+    yield made
+    for each in made:
+        each.keep(2)
+    for each in made:
+        each.close()
+
+
+def come(pair: list[Groups]) -> list[bool]:
+    """Both ranks ask; whether they have a group."""
+    return [each.prepare(1, [0, 1]) for each in pair]
+
+
+def test_members_are_connected_before_a_rank_has_the_group(late: Makers, pair: list[Groups]) -> None:
+    wait_until(lambda: all(come(pair)), "both have a group", 20.0)
+    assert [group.threads for group in late.made] == [["group-1"]] * 2, "one of each, in no rank's own thread"
+    sent, came = torch.tensor([1.0, 2.0]), [torch.zeros(2) for _ in pair]
+    begun = [each.get(1) for each in pair]
+    for group, target in zip(begun, came, strict=True):
+        assert group is not None
+        group.start(target, sent, [1, 1], [1, 1], 20.0)
+    for group in begun:
+        assert group is not None
+        wait_until(group.is_done, "the collective is over", 20.0)
+        group.finish()
+    assert [target.tolist() for target in came] == [[1.0, 1.0], [2.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        (Alone, TimeoutError, "2 members have not connected in 0.2 s"),
+        (Broken, RuntimeError, "Duplicate GPU detected"),  # nccl, of two ranks on one GPU
+    ],
+)
+def test_members_that_do_not_connect_hold_up_no_rank(
+    late: Makers,
+    pair: list[Groups],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[Late],
+    error: type[Exception],
+    text: str,
+) -> None:
+    """It is told why when it asks for the group, and not at its step's deadline."""
+    monkeypatch.setattr(module, "CONNECT_S", 0.2)
+    late.kind, made = kind, late.made
+    come(pair)
+    wait_until(lambda: len(made) == 2 and all(group.is_aborted for group in made), "both are given up", 20.0)
+    for each in pair:
+        with pytest.raises(error, match=text):
+            wait_until(partial(each.get, 1), "it has failed", 20.0)
+    assert come(pair) == [False, False], "it is made no second time"
+
+
+def test_a_group_that_is_not_wanted_any_more_connects_no_longer(late: Makers, pair: list[Groups]) -> None:
+    late.kind, made = Alone, late.made
+    come(pair)
+    wait_until(lambda: all(group.threads for group in made) and len(made) == 2, "both connect", 20.0)
+    for each in pair:
+        each.keep(2)
+    wait_until(lambda: all(group.is_aborted for group in made), "both are given up", 20.0)
+
+
+def test_gloo_is_connected_when_it_is_made(pair: list[Groups], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unasked(*_: object) -> None:
+        raise AssertionError("it has no collective before its ranks' own")
+
+    monkeypatch.setattr(Group, "start", unasked)
+    wait_until(lambda: all(come(pair)), "both have a group", 20.0)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "npu"])
+def test_accelerators_groups_connect_on_their_ranks_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their kinds of torch's are not here: what is asked of them is."""
+    device, current, asked = torch.device("meta"), list[torch.device](), list[tuple[Any, ...]]()
+
+    class Foreign:
+        """ProcessGroupNCCL and ProcessGroupHCCL, as far as they are used."""
+
+        Options = type("Options", (), {})
+
+        def __init__(self, *arguments: Any) -> None:
+            asked.append(arguments[1:3])
+
+        def _set_default_timeout(self, timeout: timedelta) -> None:
+            assert timeout == timedelta(seconds=module.COLLECT_S)
+
+        def alltoall_base(self, came: torch.Tensor, sent: torch.Tensor, *sizes: Any) -> Any:
+            asked.append((came.device, sent.device, came.shape, sizes[:2]))
+            return self
+
+        def is_completed(self) -> bool:
+            return True
+
+        def wait(self) -> None:
+            pass
+
+    class Package:
+        ProcessGroupHCCL = Foreign
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Foreign, raising=False)
+    monkeypatch.setattr(module.importlib, "import_module", lambda _: Package)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
+    group = module.BY_DEVICE[kind](device, None, 1, 3)  # type: ignore[arg-type]
+    group.connect(3, lambda: True)
+    assert current == [device]
+    assert asked == [(1, 3), (device, device, torch.Size([3]), ([1, 1, 1], [1, 1, 1]))]
+    group.connect(1, lambda: True)
+    assert len(asked) == 2, "who is alone has nobody to connect to"
