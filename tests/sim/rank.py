@@ -84,6 +84,7 @@ class Client:
         """See elasticmoe.common.endpoints."""
         if self in self._process.clients:
             self._process.clients.remove(self)
+            self._process.unheard |= self._seqs
 
 
 class Server:
@@ -296,6 +297,7 @@ class RankProcess(Actor):
         self.seat = seat
         self.address = f"rank-{seat.rank}"
         self.clients: list[Client] = []
+        self.unheard: set[int] = set()  # numbers of what closed connections had sent
         self.server = Server(self)
         self.channel: Channel | None = None
         self.barrier = SimBarrier(world.hmm.bus, self)
@@ -494,7 +496,9 @@ class RankProcess(Actor):
             raise fate
 
     def receive(self, sender: str, message: Received[Any]) -> None:
-        """One message."""
+        """One message. An answer to a connection that was closed meanwhile is nobody's."""
+        if message.seq in self.unheard:
+            return
         if not any(client.take(message) for client in self.clients):
             self.server.inbox.append((sender.encode(), message))
         self.wake()
