@@ -55,7 +55,7 @@ def main() -> None:
         with staged(args.devices) as url:
             paints = [first_paint(browser, url) for _ in range(args.loads)]
             rows = watched(browser, url, args.seconds, "at rest", tuple(VIEWS))
-        with staged(args.devices, is_growing=True) as url:
+        with staged(args.devices, "growing") as url:
             rows += watched(browser, url, args.seconds, "growing", GROWING_VIEWS)
     paint = {"loads": len(paints), "median_ms": statistics.median(paints), "worst_ms": max(paints)}
     say(table(rows))

@@ -7,12 +7,31 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from scripts.browser import Browser
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints
 
+TABS_MAX = 200
+# What is ordered, and how much of it has not been answered yet.
+_PRESS_TWICE = """
+const own = window.fetch;
+window.unanswered = 0;
+window.fetch = async (path, given) => {
+  if ((given.method ?? "GET") === "GET") return own(path, given);
+  window.unanswered += 1;
+  const answer = await own(path, given);
+  await answer.clone().text();
+  setTimeout(() => { window.unanswered -= 1; });
+  return answer;
+};
+const button = document.querySelector(arguments[0]);
+button.click();
+button.click();
+"""
 VIEWS = ("now", "experts", "transition", "decisions", "events", "health")
 _SETTINGS: dict[str, Any] = {"max_sequences": 16, "kv_bytes": 4 << 20, "device_bytes": 64 << 20, "standbys": 2}
 AXE = Path(__file__).parent / "axe" / "axe.min.js"
@@ -73,6 +92,10 @@ class Page:
         """Until the scaler has answered."""
         self.browser.wait(lambda: self.said("#live") == "live", "the page is live")
 
+    def wait_size(self, size: str) -> None:
+        """Until the head tells of so many replicas."""
+        self.browser.wait(lambda: self.said("#size").startswith(size), f"{size} in the head")
+
     def said(self, selector: str) -> str:
         """The text of the first element; empty where there is none that can be seen."""
         return next((found.text for found in self.browser.all(selector) if found.is_displayed()), "")
@@ -100,6 +123,23 @@ class Page:
         found = self.browser.one(selector)
         self.browser.run("arguments[0].scrollIntoView({ block: 'center' })", found)
         found.click()
+
+    def press(self, *keys: str) -> None:
+        """Press keys, wherever the focus is."""
+        ActionChains(self.browser.driver).send_keys(*keys).perform()
+
+    def press_twice(self, selector: str) -> None:
+        """Press a button as who is not sure whether it was pressed. Waits until what is ordered so is answered."""
+        self.browser.run(_PRESS_TWICE, selector)
+        self.browser.wait(lambda: self.browser.run("return window.unanswered") == 0, "it is answered")
+
+    def tab_to(self, selector: str) -> None:
+        """Press Tab until the element has the focus. Fails where it does not come to it."""
+        for _ in range(TABS_MAX):
+            if self.browser.run("return document.activeElement.matches(arguments[0])", selector):
+                return
+            self.press(Keys.TAB)
+        raise AssertionError(f"{TABS_MAX} times Tab did not come to {selector}")
 
     def violations(self) -> list[str]:
         """What axe finds wrong with the page as it is now."""

@@ -1,5 +1,6 @@
 """The admin listener as it is, before a deployment of hundreds of devices that is made up: `python -m
-tests.procs.page_stage 384` serves it for who wants to look; with `0 growing` behind that, in the midst of a growth."""
+tests.procs.page_stage 384` serves it for who wants to look; with `0 growing` behind that, in the midst of a growth, and
+with `0 idle` without anything that was routed to experts."""
 
 from __future__ import annotations
 
@@ -45,15 +46,28 @@ GIB = 1 << 30
 LAYERS, EXPERTS, BLOCKS = 24, 128, 4_000
 TURN_S = 0.25
 SIZES = Sizes(GIB // 4, (GIB // 32,) * LAYERS, (GIB // 128,) * LAYERS)
+COPIED_S = 250  # until the growth's records are copied; then it begins anew
+QUARTER_S, DAY_S, STEP_S = 900, 86_400, 120
 MOVING = range(10)  # slots of ranks that hand a sequence over, while it grows
 
 
 class Stage:
     """Serves until `close`. Every rank's load is another one in each turn. `is_growing`: records are being copied to
-    the devices that were free."""
+    the devices that were free. `is_idle`: nothing is routed to experts. `instance`: the deployment's name."""
 
-    def __init__(self, num_devices: int, token: str, port: int = 0, *, is_growing: bool = False) -> None:
+    def __init__(
+        self,
+        num_devices: int,
+        token: str,
+        port: int = 0,
+        *,
+        is_growing: bool = False,
+        is_idle: bool = False,
+        instance: str = "i-stage",
+    ) -> None:
         self._num = num_devices
+        self._is_idle = is_idle
+        self._instance = instance
         self._random = random.Random(1)
         used = max(1, num_devices - num_devices // 8)
         seats = tuple(Seat(RankId(slot, 0), slot, f"host:{slot}") for slot in range(used))
@@ -105,7 +119,7 @@ class Stage:
             turn += 1
             self.status_cache.snapshot = self._snapshot(turn)
             self.commands.serve(self._answer)
-            if turn % 20 == 1:
+            if turn % 20 == 1 and not self._is_idle:
                 self._route(turn)
             self.series.note(self.status_cache.snapshot, time.monotonic(), time.time())
 
@@ -127,11 +141,13 @@ class Stage:
         assert self._operation is not None, "nothing is planned here"
         return Accepted(self._operation, self._operation.plan, SIZES)
 
-    def _copying(self) -> TransitionStatus | None:
+    def _copying(self, turn: int) -> TransitionStatus | None:
         if self._operation is None:
             return None
         total = self._operation.current_leg().bytes_copied
-        return TransitionStatus(self._operation.transition_id, 4, "copying", (), total // 3, total, {})
+        turns = int(COPIED_S / TURN_S)
+        done = total * (turn % turns) // turns
+        return TransitionStatus(self._operation.transition_id, 4, "copying", (), done, total, {})
 
     def _route(self, turn: int) -> None:
         """What each rank tells of its experts: some are asked for much more often than others."""
@@ -157,11 +173,10 @@ class Stage:
             self.experts.take(window)
 
     def _remember(self) -> None:
-        """A quarter of an hour that has passed, and what happened in it."""
-        now = time.monotonic()
-        for second in range(900):
-            snapshot = self._snapshot(4 * (second - 900), now - 900 + second)
-            self.series.note(snapshot, now - 900 + second, time.time() - 900 + second)
+        """A day that has passed, its last quarter of an hour by the second, and what happened in that."""
+        now, now_unix = time.monotonic(), time.time()
+        for ago in (*range(DAY_S, QUARTER_S, -STEP_S), *range(QUARTER_S, 0, -1)):
+            self.series.note(self._snapshot(-4 * ago, now - ago), now - ago, now_unix - ago)
         for n, seat in enumerate(self._layout.seats[:6]):
             facts = {"rank": str(seat.rank), "exit_code": "-9"}
             self.events.publish(Event("rank_exited", "killed by SIGKILL", 3, "stage", time.time() - 500 + n, facts))
@@ -172,7 +187,7 @@ class Stage:
         wave = 0.5 + 0.4 * math.sin(turn / 300)
         devices = tuple(self._device(number) for number in range(self._num))
         hmm = HmmStatus("ready", 1, 1, None, devices, 1, self._layout.slots, True, layout=self._layout)
-        hmm = msgspec.structs.replace(hmm, transition=self._copying())
+        hmm = msgspec.structs.replace(hmm, transition=self._copying(turn))
         ranks = tuple(
             PoolRank(seat.rank, seat.slot, seat.device, f"rank-{seat.rank}:0", 1000 + seat.slot, True, 31.0)
             for seat in self._layout.seats
@@ -201,7 +216,7 @@ class Stage:
             config={},
             operation=self._operation,
             loads={seat.slot: self._load(seat, wave) for seat in self._layout.seats},
-            instance="i-stage",
+            instance=self._instance,
             sizes=SIZES,
             policy=PolicyRecord(1, PolicyConfig(), PolicyConfig()),
             decided=(_decided(2, Reason.GROW_FORECAST, width + 1), _decided(1, Reason.STEADY, None)),
@@ -244,9 +259,9 @@ def _decided(at: int, reason: Reason, target: int | None) -> Decided:
 
 
 @contextmanager
-def staged(num_devices: int, *, is_growing: bool = False) -> Iterator[str]:
-    """The same in a process of its own; its address."""
-    argv = [sys.executable, "-m", "tests.procs.page_stage", str(num_devices), "0", *["growing"][: int(is_growing)]]
+def staged(num_devices: int, *words: str, port: int = 0) -> Iterator[str]:
+    """The same in a process of its own; its address. `words`: `growing`, `idle`, `token=TEXT`, `instance=NAME`."""
+    argv = [sys.executable, "-m", "tests.procs.page_stage", str(num_devices), str(port), *words]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -259,7 +274,10 @@ def staged(num_devices: int, *, is_growing: bool = False) -> Iterator[str]:
 
 if __name__ == "__main__":
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    stage = Stage(int(sys.argv[1]), "stage", port, is_growing="growing" in sys.argv[3:])
-    print(f"http://127.0.0.1:{stage.port}/#token=stage", flush=True)
+    words = dict(word.partition("=")[::2] for word in sys.argv[3:])
+    token, instance = words.get("token", "stage"), words.get("instance", "i-stage")
+    are = {"is_growing": "growing" in words, "is_idle": "idle" in words}
+    stage = Stage(int(sys.argv[1]), token, port, instance=instance, **are)
+    print(f"http://127.0.0.1:{stage.port}/#token={token}", flush=True)
     sys.stdin.readline()
     stage.close()

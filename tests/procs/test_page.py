@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from selenium.webdriver.common.keys import Keys
 
 from elasticmoe.services.scaler.api.event_stream import LISTENERS_MAX
-from scripts.browser import Browser, why_not
+from scripts.browser import why_not
 from tests.procs.clients import Load, check_load_against_oracle
 from tests.procs.deployment import Deployment
 from tests.procs.failpoints import Failpoints
 from tests.procs.page import VIEWS, Page, two_of_four, without
-from tests.procs.page_stage import staged
 from tests.procs.waiting import wait_until
 
 pytestmark = [pytest.mark.procs, pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "-")]
@@ -101,7 +101,15 @@ def test_every_view_can_be_read_by_everybody(page: Page, theme: str, width: int)
         browser.theme("light")
 
 
-@pytest.mark.parametrize(("view", "own"), [("now", ("24 h", "device-filter")), ("events", ("event-filter", "when"))])
+@pytest.mark.parametrize(
+    ("view", "own"),
+    [
+        ("now", ("24 h", "device-filter")),
+        ("events", ("event-filter", "when")),
+        ("transition", ('name="kind"', 'id="replicas"', 'id="reason"', 'id="preview"', 'id="rebalance"')),
+        ("decisions", ('name="mode"', 'id="ttft_s"', 'id="replicas_max"', 'id="save-policy"', "As it is now")),
+    ],
+)
 def test_the_keyboard_reaches_everything(page: Page, view: str, own: tuple[str, ...]) -> None:
     """From the top, Tab comes to each link, button and field in turn, and what has the focus can be seen."""
     page.show(view)
@@ -109,7 +117,7 @@ def test_the_keyboard_reaches_everything(page: Page, view: str, own: tuple[str, 
     reached = set()
     wanted = page.browser.run("return document.querySelectorAll('a, button, input').length")
     for _ in range(wanted + 2):
-        page.browser.driver.switch_to.active_element.send_keys("\ue004")
+        page.press(Keys.TAB)
         reached.add(page.browser.run("return document.activeElement.outerHTML"))
         assert page.browser.run(SEEN), page.browser.run("return document.activeElement.outerHTML")
     texts = " ".join(reached)
@@ -152,7 +160,7 @@ def test_experts_are_where_the_layout_has_them_and_as_hot_as_the_api_tells(page:
 
     page.browser.wait(are_told, "the ranks' imbalance is the API's")
     before = page.said("#expert-said")
-    page.browser.one("canvas.map").send_keys("\ue014")  # to the right, by the keyboard
+    page.browser.one("canvas.map").send_keys(Keys.ARROW_RIGHT)
     page.browser.wait(lambda: page.said("#expert-said") != before, "another expert is told of")
 
 
@@ -210,6 +218,34 @@ def test_an_operation_is_cancelled_from_the_page(page: Page, deployment: Deploym
     assert not any(button.is_displayed() for button in page.browser.all("#cancel"))
 
 
+def test_an_order_is_given_by_the_keyboard_alone(page: Page, deployment: Deployment) -> None:
+    page.tab_to("nav a[data-view=transition]")
+    page.press(Keys.ENTER)
+    page.tab_to("#replicas")
+    page.press("4", Keys.ENTER)
+    page.browser.one("#scale")
+    page.tab_to("#scale")
+    page.press(Keys.ENTER)
+    page.wait_size("4 replicas")
+    page.browser.wait(lambda: page.browser.all(".operation[data-phase=done]"), "it is done")
+    assert deployment.admin("/v1/layout")["replicas"] == 4
+
+
+@pytest.mark.parametrize("button", ["#scale", "#rebalance"])
+def test_an_order_that_is_pressed_twice_is_one(page: Page, deployment: Deployment, button: str) -> None:
+    before = len(deployment.admin("/v1/operations")["operations"])
+    page.show("transition")
+    if button == "#scale":
+        page.type("#replicas", "3")
+        page.choose("#preview")
+        page.browser.one(button)
+    page.press_twice(button)
+    page.browser.wait(lambda: deployment.admin("/v1/now")["operation"] is None, "it has ended")
+    assert page.said("main [role=alert]") == ""
+    assert len(deployment.admin("/v1/operations")["operations"]) == before + 1
+    assert deployment.admin("/v1/layout")["replicas"] == 3
+
+
 def test_what_the_api_refuses_is_said(page: Page) -> None:
     page.show("transition")
     page.choose("#kind-remove")
@@ -245,8 +281,9 @@ def test_objectives_are_checked_and_set(page: Page, deployment: Deployment) -> N
 
     page.browser.wait(are_shown, "the decisions are the API's")
     page.choose("#mode-advise")
-    page.choose("#save-policy")
-    wait_until(lambda: deployment.admin("/v1/policy")["policy"]["mode"] == "advise", "it only advises again")
+    page.press_twice("#save-policy")
+    assert (page.said("main [role=alert]"), deployment.admin("/v1/policy")["version"]) == ("", version + 2)
+    assert deployment.admin("/v1/policy")["policy"]["mode"] == "advise"  # again
 
 
 def test_events_and_operations_have_addresses(page: Page, deployment: Deployment) -> None:
@@ -350,17 +387,3 @@ def test_a_rank_that_dies_is_shown_as_a_fault(page: Page, deployment: Deployment
         return str(deployment.rank_pids()["r1t0"]) in cells and str(killed) not in cells
 
     page.browser.wait(are_the_living_shown, "the seat has another process")
-
-
-def test_hundreds_of_devices_are_as_light_as_a_few(browser: Browser) -> None:
-    with staged(384) as url:
-        page = Page.after_another(browser, url, "stage")
-        browser.wait(lambda: "384 devices: 336 used, 48 free" in browser.text(), "all are counted")
-        assert 8 <= len(page.tiles()) <= 100
-        browser.run("scrollTo(0, document.body.scrollHeight)")
-        browser.wait(lambda: "host:383" in page.tiles(), "the last one is shown")
-        assert "host:0" not in page.tiles()
-        page.type("#device-filter", "host:200")
-        browser.wait(lambda: [*page.tiles()] == ["host:200"], "one is left")
-        assert page.violations() == []
-        page.check_quiet()

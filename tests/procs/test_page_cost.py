@@ -19,6 +19,8 @@ DEVICES = 384
 MINUTE_BYTES_MAX = 200_000
 PAUSE_MS_MAX = 15_000
 LOOKS_MIN = 3  # in a minute: one each 15 seconds, were the machine not busy
+MOVES_MIN = 6  # how often in a minute the progress of an operation is another one
+DAY = "24 h"  # the view of now with all that there is of a day, which is read in this minute
 # Large answers that change all the time: each is asked for again within the minute, at rest and while it grows.
 AGAIN = {False: {"experts": "/v1/experts"}, True: {"transition": "/v1/operations/op-stage"}}
 _BEGIN = """
@@ -27,6 +29,13 @@ performance.clearResourceTimings();
 window.begun = performance.now();
 """
 _IS_OVER = "return performance.now() - window.begun > 60_000"
+# How far the operation in progress is shown to be, from one look to the next.
+_WATCH = """
+const shown = () => document.querySelector(".progress progress")?.value;
+window.moved = [shown()];
+new MutationObserver(() => { if (shown() !== window.moved.at(-1)) window.moved.push(shown()); })
+  .observe(document.body, { subtree: true, childList: true, attributes: true });
+"""
 # With the heads of answers, as large as the browser takes them to be. A stream of events has no entry.
 _ASKED = """
 const asked = performance.getEntriesByType("resource").filter((one) => one.responseEnd < window.begun + 60_000);
@@ -37,7 +46,7 @@ return [document.hidden, asked.reduce((sum, one) => sum + one.transferSize, 0), 
 # Ten minutes of turns by a clock that needs none: a look in each, and a resource that is wanted again at once.
 _PLAY = """
 const [look, large, least, done] = arguments;
-import("/page/feed.js").then(({ Budget }) => {
+import("/page/budget.js").then(({ Budget }) => {
   let now = 0;
   const budget = new Budget(() => now);
   const [spent, pauses, reads] = [[], [], []];
@@ -66,25 +75,37 @@ def played(browser: Browser) -> Iterator[Browser]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("is_growing", [False, True], ids=["at rest", "growing"])
 def test_no_view_of_hundreds_of_devices_asks_for_more_than_its_budget(is_growing: bool, tmp_path: Path) -> None:
-    """Each view in a window of its own, for a minute after what it had to begin with."""
-    with staged(DEVICES, is_growing=is_growing) as url, Browser(tmp_path / "browser") as browser:
+    """Each view in a window of its own, for a minute after what it had to begin with. In that minute a day of figures
+    comes to who opens it, and an operation's progress is renewed every few seconds."""
+    states = ("growing",) if is_growing else ()
+    with staged(DEVICES, *states) as url, Browser(tmp_path / "browser") as browser:
         driver, windows = browser.driver, {}
-        for view in VIEWS:
+        for view in (*VIEWS, DAY):
             driver.switch_to.new_window("window")
             windows[view] = driver.current_window_handle
-            page = Page(browser, url, "stage")
-            page.open(view)
-            wait_begun(browser, view)
+            page, name = Page(browser, url, "stage"), "now" if view == DAY else view
+            page.open(name)
+            wait_begun(browser, name)
             browser.run(_BEGIN)
+            if view == DAY:
+                page.choose(".group button:last-child")
+            if view == "transition" and is_growing:
+                browser.run(_WATCH)
         for view, window in windows.items():
             driver.switch_to.window(window)
             wait_until(lambda: browser.run(_IS_OVER), f"a minute of {view}", 120)
+            if view == DAY:
+                browser.wait(lambda: "Loading" not in browser.text(), "the day is drawn")
             is_hidden, nbytes, looks, asked = browser.run(_ASKED)
             assert not is_hidden, view
             assert nbytes <= MINUTE_BYTES_MAX, (view, nbytes, asked)
             assert looks >= LOOKS_MIN, (view, asked)
             if view in AGAIN[is_growing]:
                 assert any(AGAIN[is_growing][view] in one for one in asked), (view, asked)
+            if view == DAY:
+                assert any("step_s=360" in one for one in asked), asked
+            if view == "transition" and is_growing:
+                assert len(browser.run("return window.moved")) > MOVES_MIN, asked
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_a_stale_page_can_be_read_by_everybody(page: Page, deployment: Deploymen
 
 
 def test_hundreds_of_devices_can_be_read_by_everybody_in_every_view(browser: Browser) -> None:
-    with staged(384, is_growing=True) as url:
+    with staged(384, "growing") as url:
         page = Page.after_another(browser, url, "stage")
         for view in VIEWS:
             page.show(view)

@@ -8,7 +8,13 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 from elasticmoe.services.scaler.api import views
-from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, seat_states, seats_shown, wanted_replicas
+from elasticmoe.services.scaler.api.snapshot import (
+    StatusSnapshot,
+    progress_view,
+    seat_states,
+    seats_shown,
+    wanted_replicas,
+)
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
@@ -54,6 +60,7 @@ class Board:
         is_whole = known is None or known < self._whole_since
         after = 0 if known is None or is_whole else known
         hosts = list(cluster.hosts.values()) if cluster is not None else None
+        operation = snapshot.operation
         return views.Now(
             cursor=f"{self._origin}.{self._version}",
             is_whole=is_whole,
@@ -66,7 +73,8 @@ class Board:
             replicas=layout.dp if layout is not None else None,
             target=wanted_replicas(snapshot, layout) if layout is not None else None,
             tp=layout.tp if layout is not None else 1,
-            operation=snapshot.operation.op_id if snapshot.operation is not None else None,
+            operation=operation.op_id if operation is not None else None,
+            progress=progress_view(operation, cluster) if operation is not None else None,
             hmm_answers=all(host.hmm is not None for host in hosts) if hosts else None,
             pool_answers=all(host.pool is not None for host in hosts) if hosts else None,
             standby_processes=cluster.standby if cluster is not None else None,

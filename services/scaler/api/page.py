@@ -37,6 +37,7 @@ _FILES = (
     "main.js",
     "api.js",
     "feed.js",
+    "budget.js",
     "store.js",
     "session.js",
     "dom.js",

@@ -1,5 +1,5 @@
-"""The deployment's figures over time, kept for who looks at them: each second for a quarter of an hour, and means of 15
-seconds for a day. In memory alone, and of a size that is taken at the start.
+"""The deployment's figures over time, kept for who looks at them: each second for a quarter of an hour, means of 15
+seconds for a day, and coarser means, which are few. In memory alone, and of a size that is taken at the start.
 
 The scaler's loop adds rows, the admin listener reads them.
 """
@@ -16,8 +16,9 @@ from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.api.snapshot import StatusSnapshot, wanted_replicas
 from elasticmoe.services.scaler.policy.figures import Missing, Unknown
 
-STEPS_S: Mapping[int, int] = {1: 900, 15: 5_760}
-"""By seconds from one row to the next, how many rows are kept."""
+STEPS_S: Mapping[int, int] = {1: 900, 15: 5_760, 60: 240, 360: 240}
+"""By seconds from one row to the next, how many rows are kept. The last two are 4 hours and a day for a page, whose
+charts are some hundred pixels wide."""
 ROWS_MAX = 1_000
 """Of one answer."""
 STALE_S = 5.0  # a load that was seen before is none of this second

@@ -11,7 +11,7 @@ from elasticmoe.common.capacity import Sizes
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.errors import NotFound, Unavailable, Unready
 from elasticmoe.common.protocol.replies import Refused
-from elasticmoe.common.protocol.scaler import DeviceStatus, RankLoad
+from elasticmoe.common.protocol.scaler import DeviceStatus, RankLoad, TransitionStatus
 from elasticmoe.services.scaler.api import views
 from elasticmoe.services.scaler.api.moves import moves_of
 from elasticmoe.services.scaler.cluster import Cluster
@@ -156,9 +156,9 @@ def devices_view(snapshot: StatusSnapshot) -> views.Devices:
 
 def operation_view(operation: Operation, cluster: Cluster | None = None) -> views.Operation:
     """One operation, with the HMM's progress where it is about this one."""
-    transition = cluster.transition if cluster is not None else None
+    transition = _transition_of(operation, cluster)
     progress = None
-    if transition and not operation.is_finished and transition.id == operation.transition_id:
+    if transition is not None:
         progress = views.Progress(
             hmm_phase=transition.phase,
             bytes_done=transition.bytes_done,
@@ -171,7 +171,7 @@ def operation_view(operation: Operation, cluster: Cluster | None = None) -> view
         phase=operation.phase,
         outcome=outcome(operation) if operation.is_finished else None,
         reason=operation.why,
-        leg=operation.leg + 1 if operation.num_legs else 0,
+        leg=_leg_of(operation),
         legs=operation.num_legs,
         attempt=operation.progress.attempt + 1,
         request=operation.request,
@@ -187,6 +187,33 @@ def operation_view(operation: Operation, cluster: Cluster | None = None) -> view
         figures=operation.accounting.figures,
         error=operation.error,
     )
+
+
+def progress_view(operation: Operation, cluster: Cluster | None) -> views.NowProgress:
+    """How far an operation is, as `operation_view` tells it."""
+    transition, figures = _transition_of(operation, cluster), operation.accounting.figures
+    return views.NowProgress(
+        phase=operation.phase,
+        leg=_leg_of(operation),
+        elapsed_s=round(operation.elapsed_s, 4),
+        hmm_phase=transition.phase if transition is not None else None,
+        bytes_done=transition.bytes_done if transition is not None else 0,
+        bytes_total=transition.bytes_total if transition is not None else 0,
+        bytes_copied=figures.bytes_copied,
+        sequences_moved=figures.sequences_moved,
+    )
+
+
+def _transition_of(operation: Operation, cluster: Cluster | None) -> TransitionStatus | None:
+    """What the HMM does for the operation's present leg."""
+    transition = cluster.transition if cluster is not None else None
+    if transition is None or operation.is_finished or transition.id != operation.transition_id:
+        return None
+    return transition
+
+
+def _leg_of(operation: Operation) -> int:
+    return operation.leg + 1 if operation.num_legs else 0
 
 
 def operations_view(snapshot: StatusSnapshot, limit: int) -> views.Operations:

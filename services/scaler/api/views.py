@@ -266,6 +266,19 @@ class NowRank(msgspec.Struct, frozen=True, array_like=True):
     moving: Annotated[int, says("Sequences on their way to another rank")]
 
 
+class NowProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far the operation in progress is, in small: /v1/operations/OP tells the rest, with all that it plans."""
+
+    phase: Annotated[OperationPhase, says("The phase that it is in")]
+    leg: Annotated[int, says("The present leg, from 1; 0 for an operation without legs")]
+    elapsed_s: Annotated[float, says("Since it was accepted")]
+    hmm_phase: Annotated[str | None, says("What the HMM does for the present leg; null where it does nothing")]
+    bytes_done: Annotated[int, says("Bytes copied for the present leg")]
+    bytes_total: Annotated[int, says("Bytes to be copied for the present leg; 0 where the HMM does nothing for it")]
+    bytes_copied: Annotated[int, says("Bytes copied for all legs")]
+    sequences_moved: Annotated[int, says("Running requests that went to another rank")]
+
+
 class Now(msgspec.Struct, frozen=True, kw_only=True):
     """How the deployment is, for who looks again and again: of devices and ranks, those that have changed since."""
 
@@ -281,6 +294,7 @@ class Now(msgspec.Struct, frozen=True, kw_only=True):
     target: Annotated[int | None, says("Replicas that there should be; null like `replicas`")]
     tp: Annotated[int, says("Ranks of a replica")]
     operation: Annotated[str | None, says("`op_id` of the operation in progress")]
+    progress: Annotated[NowProgress | None, says("How far that is; null like `operation`")]
     hmm_answers: Annotated[bool | None, says("Whether the HMM answers; null where nobody has looked yet")]
     pool_answers: Annotated[bool | None, says("Whether the worker pool answers; null like `hmm_answers`")]
     standby_processes: Annotated[int | None, says("Processes that wait for a seat; null where nobody has looked yet")]

@@ -18,7 +18,7 @@ from elasticmoe.services.scaler.api.series import STEPS_S, Series, step_of
 from elasticmoe.services.scaler.api.snapshot import StatusCache
 
 _SINCE = ("`cursor` of an earlier answer: only what has come since is told", "scaler:105c73cc0c704e27.40")
-_STEP_S = (f"Seconds from row to row: {' or '.join(map(str, STEPS_S))}", "1")
+_STEP_S = (f"Seconds from row to row, one of {', '.join(map(str, STEPS_S))}", "1")
 
 
 def add_watching(app: FastAPI, status_cache: StatusCache, series: Series, experts: ExpertLoads, run_dir: Path) -> None:
@@ -32,8 +32,8 @@ def add_watching(app: FastAPI, status_cache: StatusCache, series: Series, expert
 
     @app.get("/v1/series", **describe("SeriesView", docs.READING, query={"since": _SINCE, "step_s": _STEP_S}))
     async def figures(request: Request) -> Response:
-        """Figures over time: each second for a quarter of an hour, or means of 15 seconds for a day. At most 1,000 rows
-        at once; with `since`, only later ones."""
+        """Figures over time: each second for a quarter of an hour, means of 15 or 360 seconds for a day, or of 60 for 4
+        hours. At most 1,000 rows at once; with `since`, only later ones."""
         query = query_of(request, "since", "step_s")
         return json_response(series.read(step_of(query.get("step_s", "1")), query.get("since", "")))
 

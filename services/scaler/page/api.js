@@ -47,6 +47,12 @@ export async function ask(method, path, body) {
 
 export const get = (path) => ask("GET", path);
 
+/** A name for an order: whoever gives it again with the same name begins nothing more. */
+export function newOpId() {
+  const parts = crypto.getRandomValues(new Uint8Array(6));
+  return `op-${[...parts].map((part) => part.toString(16).padStart(2, "0")).join("")}`;
+}
+
 /**
  * Server-sent events after the one of `lastId`, each given to `onEvent(id, event)`; `onPast` is called once those that
  * there are already have been told. Resolves when the stream ends; throws Refusal where it does not begin.

@@ -58,8 +58,11 @@ function patchChildren(element, made) {
       if (old.data !== node.data) old.data = node.data;
     } else {
       for (const { name } of [...old.attributes]) if (!node.hasAttribute(name)) old.removeAttribute(name);
-      for (const { name, value } of node.attributes)
-        if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+      for (const { name, value } of node.attributes) {
+        if (old.getAttribute(name) === value) continue;
+        if (name === "style") old.style.cssText = value; // as an attribute the content policy forbids it
+        else old.setAttribute(name, value);
+      }
       patchChildren(old, node);
     }
   });

@@ -6,16 +6,9 @@
  */
 
 import { get, listen } from "./api.js";
+import { Budget } from "./budget.js";
 
-const MINUTE_MS = 60_000;
-const MINUTE_BYTES = 180_000; // of all answers; with a look that is there early or late it is below 200 KB
-const BURST_BYTES = 40_000; // of looks that follow each other at once, of a minute's bytes
-const LOOKS_BYTES = 48_000; // of a minute, are never given to large answers
 const LARGE_BYTES = 20_000; // a resource from that size on is asked for when there is room for it
-const MARGIN_BYTES = 10_000; // about one look, which comes early or late
-// Of a minute, for large answers; one that is larger is paid for over as many minutes.
-const LARGE_MOST_BYTES = MINUTE_BYTES - LOOKS_BYTES - 2 * MARGIN_BYTES;
-const LOOK_PAUSE_MS = 15_000; // for bytes, at most; what has cost more is forgiven
 const HEAD_BYTES = 300; // of each answer, beside its body
 const PAUSE_MS = 1_000;
 const BUSY_PAUSE_MS = 300; // while an operation is in progress
@@ -23,25 +16,25 @@ const RETRY_MS = 1_500;
 const STALE_MS = 3_000; // without an answer: who waits for a scaler that restarts is not refused
 const LISTEN_AGAIN_MS = 3_000;
 const EVENTS_KEPT = 1_000;
-const ROWS_KEPT = { 1: 900, 15: 5_760 };
+const ROWS_KEPT = { 1: 900, 60: 240, 360: 240 };
+const ROW_BYTES = 120; // of /v1/series, about
 
 /**
  * What views may need beside /v1/now and /v1/series: where it is, and `key`: it is asked for again when that has
- * changed, or `everyMs` have passed, and there is room for it. `isUrgent`: with another key at once. `isHeld`: not now,
+ * changed, or `everyMs` have passed (`largeEveryMs` where it is large), and there is room for it. `isHeld`: not now,
  * and after that at once. `isThere`: else there is nothing to ask for.
  */
 const RESOURCES = {
   policy: { path: () => "/v1/policy", key: () => "", everyMs: 2_000 },
   operation: {
     path: (state) => `/v1/operations/${state.now.operation}`,
-    key: (state) => state.now.operation,
+    key: ({ now }) => `${now.operation} ${now.progress?.phase} ${now.progress?.leg}`,
     everyMs: 0,
-    isUrgent: true,
+    largeEveryMs: 15_000, // how far it is, each look tells
   },
   moves: {
     path: (state) => `/v1/operations/${state.now.operation}/moves`,
     key: (state) => state.now.operation,
-    isUrgent: true,
     isThere: (state) => state.now.operation !== null,
   },
   last: { path: () => "/v1/operations?limit=1", key: operationsKey, isHeld: (state) => state.now.operation !== null },
@@ -52,6 +45,7 @@ const RESOURCES = {
   processes: { path: () => "/v1/processes", key: (state) => state.now.fence, everyMs: 2_000 },
 };
 
+const OF_OPERATION = ["operation", "moves"]; // of another operation they are asked for at once
 const SHOWN_WITH = ["last", "operations"]; // views that show these show the operation in progress
 
 function operationsKey({ now }) {
@@ -64,99 +58,6 @@ function layoutKey({ now, devices, events, layout }) {
   const fault = events.find(({ event }) => event.kind.startsWith("rank_"))?.id;
   const unsettled = layout?.ranks.every((rank) => rank.ready) ? "" : now.cursor;
   return [now.epoch, now.operation, now.phase, now.fence, seats, fault, unsettled].join();
-}
-
-/**
- * Bytes that may be read: in no minute more than MINUTE_BYTES and the last answer. Large answers are let in while what
- * the last minute has cost leaves room for them; looks share what is left of it. `clock`: of milliseconds.
- */
-export class Budget {
-  #clock;
-  #spent = []; // { at, bytes, isLarge } of the last minute
-  #left = BURST_BYTES; // for looks
-  #at;
-  #paidAt = 0; // when the large ones until now are paid for
-  #awaited = 0; // bytes of a large answer that room is made for
-  #look = 0; // bytes of the present turn
-  #before = 0; // of the one before
-
-  constructor(clock = Date.now) {
-    this.#clock = clock;
-    this.#at = clock();
-  }
-
-  /** A turn begins: who waits for room says so again. */
-  begin() {
-    this.#refill();
-    this.#awaited = 0;
-    [this.#before, this.#look] = [this.#look, 0];
-  }
-
-  /** An answer has come. */
-  charge(bytes, isLarge = false) {
-    this.#refill();
-    this.#spent.push({ at: this.#at, bytes, isLarge });
-    if (isLarge) return;
-    this.#look += bytes;
-    this.#left = Math.max((-LOOK_PAUSE_MS / 1_000) * this.#rate, this.#left - bytes);
-  }
-
-  /** No large answer for as long as one of this size has to be paid for; also where it was not of the budget. */
-  defer(bytes) {
-    this.#refill();
-    this.#paidAt = Math.max(this.#paidAt, this.#at + (bytes / LARGE_MOST_BYTES) * MINUTE_MS);
-  }
-
-  /** Whether a large answer of this size may be asked for now. Where not, looks make room for it, if that can help. */
-  hasRoom(bytes) {
-    this.#refill();
-    const isBeyond = bytes > LARGE_MOST_BYTES; // let in beside the fewest looks
-    const others = isBeyond ? LOOKS_BYTES + MARGIN_BYTES : MINUTE_BYTES - bytes;
-    if (this.#at >= this.#paidAt && this.#sum() <= others) return true;
-    const wanted = Math.min(bytes, LARGE_MOST_BYTES);
-    const isNear = this.#paidAt - this.#at <= MINUTE_MS;
-    if (isNear && this.#large + wanted <= LARGE_MOST_BYTES) {
-      this.#awaited = Math.max(this.#awaited, bytes + MARGIN_BYTES);
-    }
-    return false;
-  }
-
-  /** For how long nothing is looked at: until looks are paid for, and a minute has room for another one. */
-  get pauseMs() {
-    this.#refill();
-    const paid = (-this.#left / this.#rate) * 1_000;
-    let over = this.#sum() + Math.min(this.#look, this.#before) - MINUTE_BYTES;
-    let free = this.#at;
-    for (const { at, bytes } of this.#spent) {
-      if (over <= 0) break;
-      over -= bytes;
-      free = at + MINUTE_MS;
-    }
-    return Math.min(LOOK_PAUSE_MS, Math.max(0, paid, free - this.#at));
-  }
-
-  /** Bytes per second for looks, beside large answers of the last minute and the one that is awaited. */
-  get #rate() {
-    const reserved = Math.max(BURST_BYTES, this.#large + this.#awaited);
-    return (Math.max(LOOKS_BYTES, MINUTE_BYTES - reserved) / MINUTE_MS) * 1_000;
-  }
-
-  get #large() {
-    return this.#sum(({ isLarge }) => isLarge);
-  }
-
-  /** Bytes of the last minute's answers. */
-  #sum(isOne = () => true) {
-    return this.#spent.filter(isOne).reduce((sum, { bytes }) => sum + bytes, 0);
-  }
-
-  #refill() {
-    const now = this.#clock();
-    this.#spent = this.#spent.filter(({ at }) => now - at < MINUTE_MS);
-    const most = Math.max(0, BURST_BYTES - this.#large);
-    this.#left = Math.min(most, this.#left + ((now - this.#at) / 1_000) * this.#rate);
-    this.#at = now;
-  }
 }
 
 export class Feed {
@@ -172,6 +73,8 @@ export class Feed {
   #listening = null; // ends the stream of events
   #lastEventId = "0";
   #isPastKnown = false; // events that there were before the page
+  #rowsAt = {}; // by step, when those that are there were asked for
+  #instance = ""; // names the deployment that the page shows
 
   /** `needs()`: names of RESOURCES that the present view shows, and `events`. */
   constructor(store, needs) {
@@ -182,10 +85,9 @@ export class Feed {
     addEventListener("pagehide", () => this.#unlisten());
   }
 
-  /** Begin, also again, with another token. */
+  /** Begin. */
   start() {
     this.#isStopped = false;
-    this.#asked = {};
     this.nudge();
   }
 
@@ -258,6 +160,12 @@ export class Feed {
       update({ words: (await this.#get("/page/words.json", true)).value });
     }
     const now = await this.#get(withSince("/v1/now?", state.now?.cursor), state.now === null);
+    if (this.#isAnother(now.value.instance)) {
+      this.stop();
+      location.reload();
+      return;
+    }
+    if (now.value.operation !== state.now?.operation) for (const name of OF_OPERATION) delete this.#asked[name];
     update(merged(this.#store.state, now.value));
     this.#isOf("now");
     await this.#series();
@@ -266,6 +174,16 @@ export class Feed {
     if (needs.includes("events")) this.#listen();
     else this.#unlisten();
     for (const name of needs) if (name !== "events") await this.#refresh(name);
+  }
+
+  /**
+   * Whether another deployment answers than the page shows: nothing of that one may stay, and their events may have the
+   * same names. A scaler that has not read its journal does not know yet which one it is of.
+   */
+  #isAnother(instance) {
+    const known = this.#instance;
+    if (instance !== "") this.#instance = instance;
+    return ![known, instance].includes("") && known !== instance;
   }
 
   /** What is shown of `name` is right now, and from now on gets older if it `ages`. */
@@ -279,23 +197,33 @@ export class Feed {
     else if (this.#store.state.operation !== null) this.#isOf("operation", false);
   }
 
+  /** Only what the page begins with is not of the budget: another span is large, and comes when there is room. */
   async #series() {
-    const { step } = this.#store.state;
-    let isFirst = false; // also of the rows that follow those that were too many for one answer
+    const { step, series: before } = this.#store.state;
+    const isFirst = Object.keys(before).length === 0;
+    const isLarge = !isFirst && this.#missingBytes(step) >= LARGE_BYTES;
+    if (isLarge && !this.#budget.hasRoom(this.#missingBytes(step))) return;
+    const askedAt = Date.now();
     for (let isMore = true; isMore;) {
       const known = this.#store.state.series[step];
       const path = withSince(`/v1/series?step_s=${step}&`, known?.cursor);
-      const { value: view } = await this.#get(path, known === undefined || isFirst);
-      isFirst = known === undefined || isFirst;
+      const { value: view } = await this.#get(path, isFirst, isLarge);
       const columns = view.is_whole || known === undefined ? view.columns : appended(known.columns, view.columns, step);
       const series = { ...this.#store.state.series, [step]: { cursor: view.cursor, columns } };
       this.#store.update({ series });
       isMore = view.is_more && step === this.#store.state.step;
     }
+    this.#rowsAt[step] = askedAt;
+  }
+
+  /** Of the rows of this step that have not come yet, about. */
+  #missingBytes(step) {
+    const passed = (Date.now() - (this.#rowsAt[step] ?? 0)) / 1_000;
+    return ROW_BYTES * Math.min(ROWS_KEPT[step], passed / step);
   }
 
   async #refresh(name) {
-    const { path, key, everyMs = Infinity, isUrgent = false, isHeld, isThere } = RESOURCES[name];
+    const { path, key, everyMs = Infinity, largeEveryMs = everyMs, isHeld, isThere } = RESOURCES[name];
     if (isThere?.(this.#store.state) === false) return;
     if (this.#store.state[name] !== null && isHeld?.(this.#store.state)) {
       delete this.#asked[name];
@@ -304,10 +232,10 @@ export class Feed {
     const wanted = key(this.#store.state);
     const asked = this.#asked[name];
     const ages = everyMs !== Infinity; // else it is right for as long as its key is
-    if (asked !== undefined && asked.key === wanted && Date.now() - asked.at < everyMs) return;
     const cost = this.#costs[name];
-    const isNow = asked === undefined || (isUrgent && asked.key !== wanted);
-    if (!isNow && cost >= LARGE_BYTES && !this.#budget.hasRoom(cost)) {
+    const restMs = cost >= LARGE_BYTES ? largeEveryMs : everyMs;
+    if (asked !== undefined && asked.key === wanted && Date.now() - asked.at < restMs) return;
+    if (asked !== undefined && cost >= LARGE_BYTES && !this.#budget.hasRoom(cost)) {
       if (this.#store.state.asOf[name] === Infinity) this.#isOf(name); // no longer
       return;
     }
@@ -374,7 +302,17 @@ function merged(state, now) {
   const ranks = now.is_whole ? new Map() : new Map(state.ranks);
   for (const row of now.devices) devices.set(row[0], deviceOf(row));
   for (const row of now.ranks) ranks.set(row[0], rankOf(row));
-  return { now, devices, ranks, ...(now.operation === null ? { operation: null } : {}) };
+  return { now, devices, ranks, operation: renewed(state.operation, now) };
+}
+
+/** The operation in progress as far as it is now; the rest of it is as it was read last. */
+function renewed(operation, { operation: name, progress: told }) {
+  if (name === null) return null;
+  if (operation?.op_id !== name || told === null) return operation;
+  const { phase, leg, elapsed_s, hmm_phase, bytes_done, bytes_total, bytes_copied, sequences_moved } = told;
+  const progress = hmm_phase === null ? null : { ...operation.progress, hmm_phase, bytes_done, bytes_total };
+  const figures = { ...operation.figures, bytes_copied, sequences_moved };
+  return { ...operation, phase, leg, elapsed_s, progress, figures };
 }
 
 function deviceOf([name, state, slot, rank, isReady, experts, budget, weights, kv, other, free]) {

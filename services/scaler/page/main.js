@@ -18,6 +18,8 @@ const VIEWS = { now, experts, transition, decisions, events, health };
 const PHASES = { serving: "ok", starting: "busy", loading: "busy", attaching: "busy", degraded: "warn", failed: "bad" };
 const OLD_MS = 3_000; // what is shown and older than that is said to be
 const THEMES = ["auto", "light", "dark"];
+const NO_TOKEN = "This can be no token: a token has letters, digits and signs of ASCII alone, and no space.";
+const ANOTHER_TOKEN = "This token is not the deployment's: it has another one, or was started anew.";
 
 const store = createStore();
 let shown = { name: "", view: null };
@@ -127,8 +129,8 @@ function signOut(why) {
   const refused = h("p", { class: "refused", role: "alert", id: "token-refused" }, why);
   const enter = (event) => {
     event.preventDefault();
-    keepToken(field.value.trim());
-    signIn();
+    if (keepToken(field.value.trim())) begin();
+    else setText(refused, NO_TOKEN);
   };
   fill(
     document.getElementById("main"),
@@ -150,8 +152,12 @@ function signOut(why) {
   field.focus();
 }
 
+/** With a token that has just come: it may be another deployment's, of which nothing is here yet. */
+function begin() {
+  location.reload();
+}
+
 function signIn() {
-  document.body.classList.remove("outside");
   show();
   feed.start();
 }
@@ -159,7 +165,7 @@ function signIn() {
 store.subscribe((state) => {
   if (state.connection.state === "refused" && token() !== "") {
     store.update({ connection: { ...state.connection, state: "connecting" } });
-    signOut("This token is not the deployment's: it has another one, or was started anew.");
+    signOut(ANOTHER_TOKEN);
     return;
   }
   updateHead(state);
@@ -168,15 +174,14 @@ store.subscribe((state) => {
 });
 
 setInterval(() => tellAge(store.state), 1_000);
-takeTokenFromAddress();
 useTheme(theme());
 setText(themeButton, `Theme: ${theme()}`);
 buildHead();
 addEventListener("hashchange", () => {
-  if (location.hash.startsWith("#token=")) {
-    takeTokenFromAddress();
-    signIn();
-  } else show();
+  if (!location.hash.startsWith("#token=")) show();
+  else if (takeTokenFromAddress()) begin();
+  else signOut(NO_TOKEN);
 });
-if (token() === "") signOut("");
+if (!takeTokenFromAddress()) signOut(NO_TOKEN);
+else if (token() === "") signOut("");
 else signIn();

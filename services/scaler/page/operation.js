@@ -60,6 +60,9 @@ function steps(operation) {
   const spent = new Map(operation.timings.map(({ leg, phase, seconds: time }) => [`${leg} ${phase}`, time]));
   const isBack = ["abort", "aborted"].includes(operation.phase);
   const names = isBack ? [...PHASES, "abort"] : PHASES;
+  const placeOf = (leg, phase) => leg * PHASES.length + PHASES.indexOf(phase);
+  const isOn = operation.outcome === null && !isBack && operation.legs > 0;
+  const place = isOn ? placeOf(operation.leg - 1, operation.phase) : 0; // how long those before took may come later
   const rows = Array.from({ length: legs }, (_, leg) =>
     h(
       "ol",
@@ -68,7 +71,8 @@ function steps(operation) {
         if (phase === "plan" && leg > 0) return null;
         const time = spent.get(`${leg} ${phase}`);
         const isNow = operation.outcome === null && operation.phase === phase && (operation.leg || 1) === leg + 1;
-        const state = isNow ? "now" : time === undefined ? "open" : "over";
+        const isOver = time !== undefined || placeOf(leg, phase) < place;
+        const state = isNow ? "now" : isOver ? "over" : "open";
         return h(
           "li",
           { class: state, "aria-current": isNow && "step", title: MEANINGS[phase] },

@@ -4,12 +4,19 @@ const TOKEN = "elasticmoe.token";
 const THEME = "elasticmoe.theme";
 
 /** Take the token out of the address's fragment, where `elasticmoe up` puts it: browsers send that to nobody. The
- * address without it takes its place at once. */
+ * address without it takes its place at once. False where what stands there can be none. */
 export function takeTokenFromAddress() {
-  const found = /^#token=([!-~]+)$/.exec(location.hash);
-  if (found === null) return;
-  sessionStorage.setItem(TOKEN, decoded(found[1]));
+  const found = /^#token=(.*)$/.exec(location.hash);
+  if (found === null) return true;
   history.replaceState(null, "", `${location.pathname}#/now`);
+  return keepToken(decoded(found[1]));
+}
+
+/** Keep a token. False where a header cannot carry it, so that it can be none: it is not kept. */
+export function keepToken(text) {
+  if (!/^[!-~]+$/.test(text)) return false;
+  sessionStorage.setItem(TOKEN, text);
+  return true;
 }
 
 /** What stands in an address, with its escapes read; as it stands where they are none. */
@@ -22,7 +29,6 @@ export function decoded(text) {
 }
 
 export const token = () => sessionStorage.getItem(TOKEN) ?? "";
-export const keepToken = (text) => sessionStorage.setItem(TOKEN, text);
 export const dropToken = () => sessionStorage.removeItem(TOKEN);
 
 /** `light`, `dark`, or `auto`: as the system has it. */

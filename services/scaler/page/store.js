@@ -3,7 +3,7 @@
  *
  * connection: { state: "connecting" | "live" | "stale" | "refused", since, why }
  * now: GET /v1/now without its rows; devices: Map by name; ranks: Map by slot
- * series: by step, { at, columns }; step: that is shown
+ * series: by step, { cursor, columns }; step, rows: what of it is shown
  * policy, decisions, operations, operation, layout, experts, processes: as the API answers them; null before;
  *   last: `operations` with the newest one only
  * moves: who sends how much to whom in the operation in progress, or in the one before, as its op_id says
@@ -19,6 +19,7 @@ export function createStore() {
     ranks: new Map(),
     series: {},
     step: 1,
+    rows: 900,
     policy: null,
     decisions: null,
     operations: null,

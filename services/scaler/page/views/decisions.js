@@ -18,6 +18,7 @@ const MODES = [
 
 function build({ store, feed, ask }) {
   let known = null; // the policy that the form was filled from
+  let isSaving = false;
   const inputs = Object.fromEntries(
     FIELDS.map(([name, , least, most]) => [
       name,
@@ -106,7 +107,8 @@ function build({ store, feed, ask }) {
 
   async function save(event) {
     event.preventDefault();
-    if (known === null || !check()) return;
+    if (known === null || isSaving || !check()) return;
+    isSaving = true;
     const policy = { ...known.policy, mode: MODES.map(([mode]) => mode).find((mode) => modes[mode].checked) };
     for (const [name] of FIELDS) policy[name] = Number(inputs[name].value);
     try {
@@ -118,6 +120,8 @@ function build({ store, feed, ask }) {
       if (refusal.status === undefined) throw refusal;
       if (refusal.code === "policy_changed") feed.nudge("policy");
       setText(said, `${refusal.message} (${refusal.code})`);
+    } finally {
+      isSaving = false;
     }
   }
 

@@ -71,12 +71,12 @@ function build() {
     const context = canvas.getContext("2d");
     context.scale(zoom, zoom);
     const gap = width > 4 && height > 4 ? 1 : 0;
-    const hot = colour("--line-1");
+    const [hot, unknown] = [colour("--line-1"), colour("--free")]; // once: each makes the browser work out styles
     view.owners.forEach((experts, layer) =>
       experts.forEach((slot, expert) => {
         const load = view.load[layer][expert];
         context.globalAlpha = mode === "owner" || load === undefined ? 1 : 0.06 + 0.94 * Math.min(1, load / HOT);
-        context.fillStyle = mode === "owner" ? hue(slot) : load === undefined ? colour("--free") : hot;
+        context.fillStyle = mode === "owner" ? hue(slot) : load === undefined ? unknown : hot;
         context.fillRect(expert * width, layer * height, width - gap, height - gap);
       }),
     );
@@ -102,8 +102,10 @@ function build() {
   }
 
   function go(layer, expert) {
-    const layers = view.owners.length;
-    at = { layer: Math.min(layers - 1, Math.max(0, layer)), expert: Math.min(cell().columns - 1, Math.max(0, expert)) };
+    const within = (place, places) => Math.min(places - 1, Math.max(0, place));
+    const next = { layer: within(layer, view.owners.length), expert: within(expert, cell().columns) };
+    if (next.layer === at.layer && next.expert === at.expert) return;
+    at = next;
     tell();
     draw();
   }

@@ -8,8 +8,8 @@ import { Tiles } from "../tiles.js";
 const SPANS = [
   [1, 300, "5 min"],
   [1, 900, "15 min"],
-  [15, 960, "4 h"],
-  [15, 5_760, "24 h"],
+  [60, 240, "4 h"],
+  [360, 240, "24 h"],
 ];
 const CARDS = [
   { title: "Tokens out", lines: [["generated_per_s", "out"]], format: rate, least: 10 },
@@ -76,11 +76,13 @@ const CARDS = [
   },
 ];
 
+const noneOf = (step) => `No point yet: each is the mean of ${seconds(step)}.`;
+
 function build({ store, feed }) {
-  let rows = 900;
   const cards = CARDS.map((spec) => [spec, new ChartCard(spec)]);
   const tiles = new Tiles();
   const count = h("p", { class: "count", role: "status" });
+  const awaited = h("p", { class: "count", role: "status", id: "span-awaited" });
   const filter = h("input", {
     type: "search",
     id: "device-filter",
@@ -92,7 +94,7 @@ function build({ store, feed }) {
       "button",
       {
         class: "quiet",
-        "aria-pressed": String(step === store.state.step && length === 900),
+        "aria-pressed": String(step === store.state.step && length === store.state.rows),
         onclick: (event) => choose(event, step, length),
       },
       words,
@@ -100,16 +102,17 @@ function build({ store, feed }) {
   );
 
   function choose(event, step, length) {
-    rows = length;
     for (const button of spans) button.setAttribute("aria-pressed", String(button === event.currentTarget));
-    store.update({ step });
+    store.update({ step, rows: length });
     feed.nudge();
   }
 
   function update(state) {
     const columns = state.series[state.step]?.columns;
+    setText(awaited, columns === undefined ? "Loading…" : columns.at.length ? "" : noneOf(state.step));
     if (columns !== undefined) {
-      const shown = Object.fromEntries(Object.entries(columns).map(([name, values]) => [name, values.slice(-rows)]));
+      const newest = ([name, values]) => [name, values.slice(-state.rows)];
+      const shown = Object.fromEntries(Object.entries(columns).map(newest));
       const objectives = state.policy?.policy;
       for (const [spec, card] of cards)
         card.update(shown, spec.isSaturation ? 1 : (objectives?.[spec.objective] ?? null));
@@ -143,6 +146,7 @@ function build({ store, feed }) {
       "div",
       { class: "bar-of-tools" },
       h("h2", {}, "Load"),
+      awaited,
       h("div", { role: "group", "aria-label": "Span of the charts", class: "group" }, spans),
     ),
     h(

@@ -1,5 +1,6 @@
 /** Transition: what an order would do, the order itself, how it goes, and what it has cost. */
 
+import { newOpId } from "../api.js";
 import { fill, h, panel, patch, setText } from "../dom.js";
 import { operationMoves } from "../moves.js";
 import { operationView, planView } from "../operation.js";
@@ -67,6 +68,7 @@ function build({ store, feed, ask }) {
   const title = h("h2", {}, "Operation");
   let isFilled = false;
   let looked = null; // the order that is previewed
+  let level = null; // { op_id, isBegun } of the last order to level: pressed again while that is in progress, it is one
 
   function option(kind, words, ...fields) {
     return h(
@@ -127,26 +129,34 @@ function build({ store, feed, ask }) {
       return;
     }
     const plan = answer.value;
+    const asked = { ...wanted, op_id: newOpId() }; // one order, however often it is pressed
     const go =
       plan.kind === "none"
         ? null
         : h(
             "button",
-            { type: "button", class: "main", id: "scale", onclick: () => scale(wanted) },
+            { type: "button", class: "main", id: "scale", onclick: () => scale(asked) },
             wanted.lost ? "Leave the lost devices out" : "Do it",
           );
     fill(preview, h("h3", {}, "This is what it would do"), planView(plan), go);
   }
 
-  async function scale(wanted) {
-    const answer = await attempt(() => ask("POST", "/v1/scale", { ...wanted, reason: reason.value }));
+  async function scale(asked) {
+    const answer = await attempt(() => ask("POST", "/v1/scale", { ...asked, reason: reason.value }));
     if (answer === null) return;
     begun(answer.value);
   }
 
   async function rebalance() {
-    const answer = await attempt(() => ask("POST", "/v1/rebalance", { reason: reason.value }));
-    if (answer !== null) begun(answer.value);
+    level ??= { op_id: newOpId(), isBegun: false };
+    const asked = level;
+    const answer = await attempt(() => ask("POST", "/v1/rebalance", { op_id: asked.op_id, reason: reason.value }));
+    if (answer === null) {
+      level = null;
+      return;
+    }
+    asked.isBegun = true;
+    begun(answer.value);
   }
 
   function begun(operation) {
@@ -167,6 +177,7 @@ function build({ store, feed, ask }) {
       isFilled = true;
       replicas.value = state.now.replicas;
     }
+    if (level?.isBegun && state.operation?.op_id !== level.op_id) level = null;
     const operation = state.operation ?? state.last?.operations[0] ?? null;
     setText(title, state.operation === null ? "Last operation" : "Operation in progress");
     patch(present, operation === null ? h("p", {}, "There was none yet.") : operationView(operation));
