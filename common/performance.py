@@ -24,12 +24,15 @@ def defaults_of(given: Mapping[str, Any], *, has_products: bool | None = None) -
         return {}
     values: dict[str, Any] = {"max_tokens_per_step": _STEP_TOKENS}
     if str(given.get("devices", "host")).startswith("host"):
-        values |= {"replicas": 1, "share_cores": True}
-        if _may_round(given) and (multiplies_bfloat16() if has_products is None else has_products):
-            values["activations"] = "bfloat16"
+        values["replicas"] = 1
+        if given.get("compute", "auto") in ("auto", "host"):  # others have one thread, and do not gain by rounding
+            values |= {} if is_true(given.get("pin_cores", False)) else {"share_cores": True}
+            is_bfloat16 = given.get("dtype", "bfloat16") == "bfloat16"
+            if is_bfloat16 and (multiplies_bfloat16() if has_products is None else has_products):
+                values["activations"] = "bfloat16"
     return {name: value for name, value in values.items() if name not in given}
 
 
-def _may_round(given: Mapping[str, Any]) -> bool:
-    """Whether weights are bfloat16, and multiplied by kernels that gain by rounded activations."""
-    return given.get("dtype", "bfloat16") == "bfloat16" and given.get("compute", "auto") in ("auto", "host")
+def is_true(value: object) -> bool:
+    """Whether a flag that stands in a file or the environment is set, however it is spelt there."""
+    return value is True or str(value).lower() in ("true", "1")

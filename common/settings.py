@@ -358,6 +358,11 @@ class ScalerConfig(ModelConfig, frozen=True, kw_only=True, forbid_unknown_fields
             return self.copy_bytes_per_s
         return _HOST_COPY_BYTES_PER_S if self.device_count.backend == "host" else 0
 
+    @property
+    def shares_cores(self) -> bool:
+        """Whether of twice as many replicas each has half of the cores: only the kernels of `host` have several."""
+        return self.share_cores and self.compute_backend == "host"
+
 
 class RouterConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The front door's."""

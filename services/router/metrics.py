@@ -27,7 +27,7 @@ _SLOW_S = (0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
 # What an accepted request may end with: what clients are told, what ranks tell, and any other code of a rank.
 _OTHER = "other"
-_CODES = frozenset({*CLIENTS, *INTERNAL, "not_ready", "cancelled", _OTHER})
+_CODES = frozenset({*CLIENTS, *INTERNAL, "not_ready", "cancelled", "out_of_memory", _OTHER})
 
 
 class Metrics:

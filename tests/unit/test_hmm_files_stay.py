@@ -32,6 +32,11 @@ def reading(tmp_path: Path) -> Iterator[tuple[Checkpoint, RecordSpec]]:
         yield checkpoint, record(spec, RecordKey("expert", 0, 0))
 
 
+@pytest.fixture(autouse=True)
+def _no_group_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "group_room", lambda: None)
+
+
 @pytest.fixture
 def dropped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The files that the kernel was asked to forget: what it is just reading ahead stays for a while all the same."""
@@ -69,6 +74,16 @@ def test_files_go_where_there_is_less(
     share: float, reading: tuple[Checkpoint, RecordSpec], dropped: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "available_bytes", lambda: int(share * reading[1].nbytes))
+    dropped.clear()
+    read(*reading)
+    assert dropped == [file.fd for file in reading[0].files]
+
+
+def test_files_go_where_a_group_has_a_limit(
+    reading: tuple[Checkpoint, RecordSpec], dropped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(module, "group_room", lambda: 1 << 40)
     dropped.clear()
     read(*reading)
     assert dropped == [file.fd for file in reading[0].files]

@@ -22,6 +22,7 @@ from elasticmoe.services.scaler import measures as scaler_measures
 from elasticmoe.services.scaler.metrics import Meters
 from elasticmoe.services.scaler.operation.operation import OperationKind, OperationOutcome
 from elasticmoe.services.scaler.policy.state import Reason
+from elasticmoe.services.worker.engine.failure import OUT_OF_MEMORY
 from tests.boards import selectors
 
 # What a process has before anything has happened, and what it tells of.
@@ -91,7 +92,10 @@ def test_every_counter_is_told_of_from_the_start() -> None:
 def test_the_router_counts_every_code_that_it_may_meet_and_no_other() -> None:
     metrics = Metrics("m")
     before = told(metrics.registry, router_measures.FAILED)
-    assert {labels["code"] for labels in before} == {*CLIENTS, *INTERNAL, "not_ready", "cancelled", "other"}
+    assert {labels["code"] for labels in before} == {
+        *(*CLIENTS, *INTERNAL, "not_ready", "cancelled"),
+        *(OUT_OF_MEMORY, "other"),
+    }
     for code in (*CODES, "made_up", "x" * 41):
         metrics.ended(SimpleNamespace(ending=Ending("error", code)), 0.0)  # type: ignore[arg-type]
     assert told(metrics.registry, router_measures.FAILED) == before, "a label does not grow"

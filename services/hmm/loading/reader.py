@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from elasticmoe.common.checkpoint import Checkpoint, ColumnRange, Part, Piece
 from elasticmoe.common.devices.base import Device
-from elasticmoe.common.machine import available_bytes
+from elasticmoe.common.machine import available_bytes, group_room
 from elasticmoe.common.model_spec import DTYPE_BYTES, Dtype, RecordSpec
 from elasticmoe.common.protocol.errors import CheckpointError
 from elasticmoe.common.safetensors import DTYPE_BYTES as STORED_BYTES
@@ -141,9 +141,10 @@ class Reader:
             file.check_unchanged()
 
     def _has_plenty(self) -> bool:
-        """Whether memory has room for the files, too: another start finds them there."""
+        """Whether memory has room for the files, too: another start finds them there. In a control group with a limit
+        they would count as used once they were read twice."""
         try:
-            return available_bytes() >= _PLENTY * (self.nbytes + self._filled_bytes)
+            return group_room() is None and available_bytes() >= _PLENTY * (self.nbytes + self._filled_bytes)
         except OSError:
             return False
 

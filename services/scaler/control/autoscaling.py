@@ -173,6 +173,7 @@ def _width_facts(load: Load, experts: tuple[int, ...], tp: int, width: int) -> W
         width=width,
         kv_tokens=max(0, handles) * load.kv_handle_tokens,
         step=step,
+        shares_cores=load.shares_cores,
         prefill_tokens_max=load.step_tokens_max,
         devices=tp,
         step_width=step_width,

@@ -22,6 +22,7 @@ class WidthFacts(msgspec.Struct, frozen=True):
     step_width: the width that `step` was learned at; None: this one
     prefill_tokens_max: of one step
     devices: of one replica
+    shares_cores: of a wider deployment each replica has the less to compute with
     """
 
     width: int
@@ -30,6 +31,7 @@ class WidthFacts(msgspec.Struct, frozen=True):
     prefill_tokens_max: int
     devices: int = 1
     step_width: int | None = None
+    shares_cores: bool = False
 
 
 Widths = Callable[[int], WidthFacts]

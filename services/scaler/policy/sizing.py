@@ -80,7 +80,7 @@ def _may_wider_help(turn: Turn, demand: Demand) -> bool:
     """Whether steps may be shorter at a width that was not seen yet, as each of its devices reads fewer weights: unless
     those of the present width are no shorter than was predicted by the next narrower one that was seen."""
     here, wider = turn.widths(turn.width), turn.widths(turn.width + 1)
-    if here.step_width != turn.width or wider.step_width is None or wider.step_width > turn.width:
+    if here.shares_cores or here.step_width != turn.width or wider.step_width is None or wider.step_width > turn.width:
         return False
     narrower = (turn.widths(width) for width in range(turn.width - 1, 0, -1))
     before = next((facts for facts in narrower if facts.step_width != turn.width), None)

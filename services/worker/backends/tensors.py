@@ -35,8 +35,9 @@ class TensorBackend(ComputeBackend):
         self._host_words = torch.empty(0, dtype=torch.int32)
 
     def _synchronize(self) -> None:
-        """See ComputeBackend."""
-        torch.accelerator.synchronize(self.device)
+        """See ComputeBackend. All that a rank computes is queued on this thread's stream. Others of the device are not
+        waited for: there a group's members connect (exchange/groups.py), which may take until a peer has come."""
+        torch.get_device_module(self.device).current_stream(self.device).synchronize()
 
     def _check(self, tensor: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
         """Raises ValueError for another shape, dtype or device, or for gaps. Touches no memory."""

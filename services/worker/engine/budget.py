@@ -36,14 +36,17 @@ class StepBudget:
     replicas have prompts that were put off."""
 
     def __init__(self, tokens_max: int) -> None:
-        self._limit = tokens_max
+        self._limit = self._prompt_max = tokens_max
+        self._num_replicas = 1
         self.is_catching_up = False
         self.begin(1)
 
     def begin(self, num_replicas: int) -> None:
-        """So many step together from now on: what was known of steps says nothing of the next ones."""
+        """So many step together from now on: what was known of steps says nothing of the next ones. That large ones
+        find no memory stays known while there are as many."""
+        if max(1, num_replicas) != self._num_replicas:  # else what found no memory would be tried again for ever
+            self._prompt_max = self._limit
         self._num_replicas = max(1, num_replicas)
-        self._prompt_max = self._limit
         self._fixed_s: float | None = None
         self._token_s: float | None = None
         self._largest = 0  # step that is known
@@ -54,7 +57,12 @@ class StepBudget:
     @property
     def is_fixed(self) -> bool:
         """Whether each step has the same."""
-        return self._limit <= LEAST_TOKENS and not self.is_catching_up
+        return self._limit <= LEAST_TOKENS and not self.divides
+
+    @property
+    def divides(self) -> bool:
+        """Whether replicas divide what one may take."""
+        return self.is_catching_up and self._num_replicas > 1
 
     def note(self, num_prompt: int, num_tokens: int, total_tokens: int, seconds: float) -> None:
         """A step took `seconds`, with `total_tokens` of all replicas, of these `num_tokens` of this one, of these
@@ -72,7 +80,7 @@ class StepBudget:
             self._token_s = _moved(self._token_s, (seconds - self._fixed_s) / more)
 
     def shrink(self, num_prompt: int) -> bool:
-        """A step with so many tokens of prompts found no memory: until `begin` steps have half of them at most. False
+        """A step with so many tokens of prompts found no memory: steps have half of them at most from now on. False
         where it had no more than each may have."""
         if num_prompt <= LEAST_TOKENS:
             return False
@@ -95,7 +103,7 @@ class StepBudget:
         if num_decoding or self._are_others:
             wanted = min(wanted, min(bearable, 2.0 * self._largest) / replicas)
         of_prompts = min(self._prompt_max, ceil(max(wanted, LEAST_TOKENS)))
-        if self.is_catching_up:
+        if self.divides:
             of_prompts = min(of_prompts, max(1, min(self._limit, LEAST_TOKENS) // self._num_replicas))
         return min(self._limit, of_prompts + num_decoding)
 

@@ -141,8 +141,7 @@ class Scheduler:
         if not decode_only:
             self._draft_waiting(draft, left_out)
         draft.subject = None
-        is_cut = self.budget.is_catching_up
-        return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects), is_cut=is_cut)
+        return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects), is_cut=self.budget.divides)
 
     def _tokens_of_step(self, left_out: list[Sequence]) -> int:
         missing = [len(s.tokens) - s.kv_len for s in self.running if not (left_out and s in left_out)]

@@ -21,6 +21,6 @@ def open_exchange(memory: RankMemory, backend: ComputeBackend, rendezvous: Path)
     if memory.exchange == "mailbox":
         return MailboxExchange(bus, num_experts, backend, memory.mailboxes, replica, memory.device.queue_copy)
     if memory.exchange == "torch_dist":
-        groups = Groups(rendezvous, memory.memory_id, bus.slot, backend.device)
+        groups = Groups(rendezvous, memory.memory_id, bus, backend.device)
         return TorchDistExchange(bus, num_experts, backend, groups, replica)
     return ShmExchange(bus, num_experts, backend, replica)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from elasticmoe.common.telemetry import get_logger
+from elasticmoe.native.bus import Bus
 
 log = get_logger("exchange")
 
@@ -69,24 +70,32 @@ class Group:
         self._work: dist.Work | None = None
 
     def connect(self, num_members: int, is_wanted: Callable[[], bool]) -> None:
-        """Connect the members, which all call this before anything else, by a collective of one element for each.
-        Blocks for the others. Raises TimeoutError after CONNECT_S, or when the group is not wanted any more, and what
-        torch raises: the group is given up then."""
+        """Connect the members, which all call this before anything else, by a collective of one element for each, on a
+        stream of its own: what the rank computes meanwhile does not wait for it. Blocks for the others. Raises
+        TimeoutError after CONNECT_S, or when the group is not wanted any more, and what torch raises: the group is
+        given up then."""
         if self._connects_on is None or num_members == 1:
             return
         try:
             torch.accelerator.set_device_index(self._connects_on)  # a thread's own: else torch uses the first one too
-            sizes, sent = [1] * num_members, torch.zeros(num_members, device=self._connects_on)
-            came, deadline = torch.empty_like(sent), time.monotonic() + CONNECT_S
-            self.start(came, sent, sizes, sizes, CONNECT_S)
-            while not self.is_done():
-                if not is_wanted() or time.monotonic() > deadline:
-                    raise TimeoutError(f"{num_members} members have not connected in {CONNECT_S:g} s")
-                time.sleep(LOOK_S)
-            self.finish()
+            streams = torch.get_device_module(self._connects_on)
+            with streams.stream(streams.Stream()):
+                self._connect(self._connects_on, num_members, is_wanted)
         except BaseException:
             self.abort()
             raise
+
+    def _connect(self, device: torch.device, num_members: int, is_wanted: Callable[[], bool]) -> None:
+        sizes, sent = [1] * num_members, torch.zeros(num_members, device=device)
+        came, deadline = torch.empty_like(sent), time.monotonic() + CONNECT_S
+        self.start(came, sent, sizes, sizes, CONNECT_S)
+        while not self.is_done():
+            if not is_wanted():
+                raise TimeoutError(f"{num_members} members have not connected, and are not to any more")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{num_members} members have not connected in {CONNECT_S:g} s")
+            time.sleep(LOOK_S)
+        self.finish()
 
     def start(
         self, came: torch.Tensor, sent: torch.Tensor, came_sizes: list[int], sent_sizes: list[int], within_s: float
@@ -189,10 +198,11 @@ class _Making:
 
 class Groups:
     """One rank's. For one thread. `path`: of a file that all ranks of the host share and nobody else writes, made where
-    it is missing; `name`: tells generations of one memory from those of another in it; `device`: of the tensors."""
+    it is missing; `name`: tells generations of one memory from those of another in it; `bus`: the rank's, mapped until
+    `close` has returned; `device`: of the tensors."""
 
-    def __init__(self, path: Path, name: str, slot: int, device: torch.device) -> None:
-        self._path, self._name, self._slot = path, name, slot
+    def __init__(self, path: Path, name: str, bus: Bus, device: torch.device) -> None:
+        self._path, self._name, self._bus, self._slot = path, name, bus, bus.slot
         self._make = partial(BY_DEVICE[device.type], device)
         self._made: dict[int, _Making] = {}
         self._ending: list[_Making] = []
@@ -208,16 +218,24 @@ class Groups:
 
     def _meet(self, generation: int, members: Sequence[int], is_wanted: Callable[[], bool]) -> Group:
         """Wait for all members, and make the group with them, connected. Raises TimeoutError, and what torch raises."""
+
+        def may_begin() -> bool:
+            """The bus says it, as the rank may not: its thread waits for the device as long as members connect there
+            whose peer has died."""
+            return is_wanted() and generation in (self._bus.staged()[0], self._bus.membership()[0])
+
         store = PrefixStore(f"{self._name}/{generation}", FileStore(str(self._path), -1))
         store.set_timeout(timedelta(seconds=MAKE_S))
         store.set(f"here/{self._slot}", "")
         wanted, deadline = [f"here/{slot}" for slot in members], time.monotonic() + MEET_S
         while not store.check(wanted):
-            if not is_wanted() or time.monotonic() > deadline:
+            if not may_begin():
+                raise TimeoutError(f"generation {generation} is over")
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"the members of generation {generation} have not come in {MEET_S:g} s")
             time.sleep(LOOK_S)
         group = self._make(store, list(members).index(self._slot), len(members))
-        group.connect(len(members), is_wanted)
+        group.connect(len(members), may_begin)
         return group
 
     def get(self, generation: int) -> Group | None:

@@ -71,6 +71,7 @@ class HmmLink:
         self._memory_id = ""
         self._channel: HmmConnection | None = None
         self._resume_at = 0.0
+        self._refusal = ""  # of the latest attempt to resume
 
     @property
     def is_connected(self) -> bool:
@@ -148,8 +149,13 @@ class HmmLink:
         try:
             reply, fds = self._introduce(is_resuming=True)
         except ElasticMoEError as error:
-            log.debug("no HMM yet", because=error.message)
+            if error.retryable or error.message == self._refusal:  # no HMM yet, or twice a second
+                log.debug("not introduced yet", because=error.message)
+            else:
+                self._refusal = error.message
+                log.warning("the HMM refuses this rank; serving goes on", code=error.code, because=error.message)
             return
+        self._refusal = ""
         close_all(fds)  # of what this rank has mapped already
         if reply.memory_id != self._memory_id:
             raise ElasticMoEError("the HMM has lost the memory that this rank has mapped", code="memory_replaced")
