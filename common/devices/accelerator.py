@@ -99,6 +99,7 @@ class AcceleratorDevice(Device):
         self._kept = dict(descriptors or {})
         self._index = DeviceId.parse(name).index
         self._driver = self._of_this_process()
+        self._hardware = ""  # as long as the driver has not said what it is
         if not self.failure:
             least = self._open()
             if granularity % least:
@@ -150,12 +151,13 @@ class AcceleratorDevice(Device):
     def _open(self) -> int:
         with self._using():
             self._driver.open(self._index)
+            self._hardware = self._driver.identity(self._index)
             return self._driver.granularity(self._index)
 
     @property
     def identity(self) -> str:
-        """See Device."""
-        return self._ask(self._driver.identity)
+        """See Device. As the driver said it when this was opened: also of a device that has failed since."""
+        return self._hardware
 
     def reaches(self, other: str) -> bool:
         """See Device."""

@@ -371,7 +371,7 @@ class AscendDevice(AcceleratorDevice):
     def _admit_to(self, handle: Handle, importers: Sequence[int]) -> None:
         shared = handle.backing.shared
         assert shared is not None, "it has been exported"
-        self._attempt(self._driver.admit, [shared], importers)  # who has it mapped has it still
+        self._ask(self._driver.admit, [shared], importers)
 
     def _restore(self, nbytes: int, space: Space, place: int, key: int) -> Memory:
         text = f"{space}: ({place}, {nbytes}) cannot be taken over: only who made an NPU's memory can share it"

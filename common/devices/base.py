@@ -83,7 +83,8 @@ class Device(Handles):
     @property
     def identity(self) -> str:
         """What names this device's hardware alike in all processes of the machine, also where they see other devices
-        by its name; empty where there is nothing to tell apart, or the driver tells nothing. Raises DeviceError."""
+        by its name; empty where there is nothing to tell apart, or where it is not known: the driver tells nothing, or
+        could not open it. Asks no driver."""
         return ""
 
     def check_identity(self, owners: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final, NamedTuple, NoReturn
 
-from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError
 
 _TOLD_CHARS_MAX: Final = 300  # of a loader's or a driver's own words
 
@@ -224,7 +224,7 @@ class Driver(ABC):
         try:
             return self._copy(device, parts)
         except BaseException:
-            with suppress(DeviceError):  # of a device that has failed, nothing is
+            with suppress(ElasticMoEError):  # of a device that has failed, nothing is
                 self.drain(device)
             raise
 
@@ -257,14 +257,12 @@ class Driver(ABC):
 
     def synchronize(self) -> None:
         """Return when no operation of this process is in flight on any of its devices. Of one that has failed, nothing
-        is: one whose driver says so only now keeps nobody from using the others."""
+        is: one whose driver refuses to say so has failed now, and keeps nobody from using the others. Raises nothing.
+        """
         for device in self._opened:
             if device in self.failures:
                 continue
             try:
-                with self.noting(device):
-                    self.drain(device)
-            except DeviceError as error:
-                if error.code != "driver_failed":
-                    raise
-                self.fail(device, error.message)  # whatever its number: a call without arguments is about the device
+                self.drain(device)
+            except ElasticMoEError as error:  # whatever its number: a call without arguments is about the device
+                self.fail(device, error.message)

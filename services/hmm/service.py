@@ -37,7 +37,7 @@ from elasticmoe.services.hmm.memory.catalog import Loaded, layouts
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.sessions.attachments import Attached
 from elasticmoe.services.hmm.sessions.handles import (
-    Importer,
+    Importers,
     attach_reply,
     full_view,
     replica_devices,
@@ -73,6 +73,7 @@ class Hmm:
         self._large_pages = parts.large_pages
         self._fence = parts.fence
         self._members = Membership(parts.holdings, parts.log)
+        self._importers = Importers(parts.attachments.by_slot)
         self._transitions = Transitions(
             parts.holdings,
             parts.attachments,
@@ -345,8 +346,8 @@ class Hmm:
                 raise Unavailable(f"blocks are still copied from or to slot {request.slot}", code="copying")
             assert loaded is not None, "a seat is of a loaded model"
             memory = self._holdings.memories[seat.device]
-            memory.device.admit([request.importer])
-            importer = Importer(request.importer)
+            importer = self._importers.of(request)
+            importer.admit(memory.device)
             handed = seat_memory(full_view(memory, loaded, transition), memory, self._holdings, importer)
             attached = self._attachments.admit(channel, request, *attach_reply(memory, self._holdings))
             attached.importer = importer  # it knows what this one was admitted to

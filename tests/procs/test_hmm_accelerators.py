@@ -54,8 +54,8 @@ def test_budgets_are_of_what_the_driver_says_that_there_is(kind: str, deployment
     assert deployment.status().phase == ("empty" if kind == "npu" else "ready")
 
 
-def attached(deployment: Deployment, model: Path) -> tuple[Rank, Rank]:
-    deployment.load(model)
+def attached(deployment: Deployment, model: Path, exchange: str = "shm") -> tuple[Rank, Rank]:
+    deployment.load(model, exchange=exchange)
     ranks = Rank(deployment, 0), Rank(deployment, 1)
     deployment.members(0, 1)
     return ranks
@@ -102,17 +102,37 @@ def test_a_killed_hmm_has_all_again_where_its_driver_lets_it(kind: str, deployme
     assert Rank(deployment, 0).checksums() == mine
 
 
+def test_a_rank_resumes_where_the_hmm_alone_has_lost_its_device(deployment: Deployment, model: Path) -> None:
+    """Its own driver has it still. One that comes anew is refused."""
+    first, second = attached(deployment, model, "mailbox")
+    gone = Path(os.environ["STANDIN_FOLDER"]) / "lost.1"
+    standins.lose(gone.parent, 1)
+    with pytest.raises(ElasticMoEError, match=r"LOST_HEARTBEAT|answers 709"):
+        deployment.integrity(checksums=True)
+    gone.unlink()
+    for rank in (second, first):
+        rank.resume(deployment)
+    deployment.members(0, 1)
+    assert [len(rank.seat.mailboxes) for rank in (first, second)] == [2, 2]
+    second.close()
+    with pytest.raises(ElasticMoEError, match="host:1 cannot be used"):
+        Rank(deployment, 1)
+
+
 def test_a_successor_goes_on_with_the_devices_that_its_driver_has(
     kind: str, deployment: Deployment, model: Path
 ) -> None:
     """One is lost while its memory is in the layout. A GPU's rank goes on where the HMM has its memory."""
-    first, _ = attached(deployment, model)
+    first, second = attached(deployment, model)
     before, gone = deployment.integrity(checksums=True).checksums, Path(os.environ["STANDIN_FOLDER"]) / "lost.1"
     deployment.kill_hmm()
     standins.lose(gone.parent, 1)
     deployment.start_hmm()
     assert deployment.hmm is not None
     assert deployment.log_of(deployment.hmm).count("device cannot be used") == 1
+    told = [(device.device, device.failure) for device in deployment.status().devices]
+    assert told == [("host:0", ""), ("host:1", told[1][1])]
+    assert told[1][1], "why it cannot be used"
     if kind == "npu":
         assert deployment.status().phase == "empty"
         assert isinstance(deployment.call(load_message(model)), Ack)
@@ -122,7 +142,9 @@ def test_a_successor_goes_on_with_the_devices_that_its_driver_has(
         assert "host:1 cannot be used" in error.message
     else:
         assert deployment.status().phase == "ready"
-        first.resume(deployment)
+        for rank in (first, second):
+            rank.resume(deployment)  # also where this HMM never had the device
+        second.channel.close()
         deployment.members(0)
         answer = deployment.integrity(checksums=True)
         assert answer.findings == ()

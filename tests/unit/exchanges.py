@@ -66,7 +66,7 @@ class Host:
         if kind == "mailbox":
             return MailboxExchange(bus, num_experts, backend, self.mailboxes, replica)
         if kind == "torch_dist":
-            groups = Groups(self._folder / "rendezvous", "memory", bus.slot, backend.device)
+            groups = Groups(self._folder / "rendezvous", "memory", bus, backend.device)
             self._groups.append(groups)
             return TorchDistExchange(bus, num_experts, backend, groups, replica)
         return ShmExchange(bus, num_experts, backend, replica)

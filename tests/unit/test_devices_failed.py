@@ -13,7 +13,7 @@ from elasticmoe.common.devices import ascend, cuda
 from elasticmoe.common.devices.accelerator import AcceleratorDevice
 from elasticmoe.common.devices.base import Device, Handle, ProcessRules, Range
 from elasticmoe.common.devices.driver import CopyPart, Meaning
-from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError
 from tests.devices import standins, vendor
 from tests.devices.breaches import check_codes, mapped
 
@@ -90,6 +90,43 @@ def test_what_a_lost_device_has_is_given_back_by_name_and_the_others_go_on(
     refuses(lambda: gone.device.reserve(PAGE), kind)  # it would have other memory than this process knows
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        DeviceError("answers 507899", code="driver_refused"),
+        DeviceError("answers 207004", code="no_device"),
+        DoesNotFit("answers 207001"),
+    ],
+)
+def test_a_device_that_cannot_be_waited_for_has_failed_whatever_its_driver_answers(
+    kind: str, folder: Path, pair: tuple[Mapped, Mapped], monkeypatch: pytest.MonkeyPatch, error: ElasticMoEError
+) -> None:
+    fine, gone = pair
+    drain = fine.device._driver.drain
+
+    def refuse(index: int) -> None:
+        if index == 1:
+            raise error
+        drain(index)
+
+    monkeypatch.setattr(fine.device._driver, "drain", refuse)
+    fine.give_back()
+    assert (fine.device.failure, gone.device.failure) == ("", error.message)
+    assert standins.used(kind, folder)[0] == 0
+    gone.give_back()
+    assert (fine.device.free, gone.device.free) == (8 * PAGE, 8 * PAGE)
+
+
+def test_a_device_that_has_failed_is_the_hardware_that_it_was(folder: Path, pair: tuple[Mapped, Mapped]) -> None:
+    """A rank that goes on there hears it when it resumes."""
+    _, gone = pair
+    before = gone.device.identity
+    standins.lose(folder, 1)
+    gone.give_back()
+    assert gone.device.failure
+    assert gone.device.identity == before != ""
+
+
 def test_nothing_is_copied_from_a_device_that_has_failed(kind: str, folder: Path, pair: tuple[Mapped, Mapped]) -> None:
     """It could cost the process the device that copies."""
     fine, gone = pair
@@ -151,6 +188,7 @@ def test_a_device_that_cannot_be_opened_is_one_in_name_for_who_gives_it_up(kind:
     made: Device = process(absent, PAGE, 8 * PAGE, rules=rules)
     made.trim()
     assert (made.failure, made.free, made.check_integrity()) == (caught.value.message, 8 * PAGE, [])
+    assert made.identity == "", "which is not compared"
     with pytest.raises(DeviceError, match=f"^{absent} cannot be used: there is no {absent}"):
         made.create(PAGE, "kv")
     other = Mapped(process(f"{kind}:0", PAGE, 8 * PAGE, rules=rules))

@@ -49,14 +49,14 @@ def opened(kind: str, folder: Path, index: int, *defines: str, budget: int = 0) 
 def test_processes_that_see_the_same_devices_call_them_alike(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    devices = [opened(kind, folder, index) for index in (0, 1, 1)]
-    first, second, again = (device.identity for device in devices)
-    assert (first, second) == (NAMES[kind][0], NAMES[kind][1])
-    assert again == second
-    monkeypatch.setenv("STANDIN_HARDWARE", "5,6")
-    assert [device.identity for device in devices] == [NAMES[kind][5], NAMES[kind][6], NAMES[kind][6]]
-    for device in devices:
-        device.close()
+    for hardware, numbers in (("0,1", (0, 1)), ("5,6", (5, 6))):
+        monkeypatch.setenv("STANDIN_HARDWARE", hardware)
+        devices = [opened(kind, folder, index) for index in (0, 1, 1)]
+        first, second, again = (device.identity for device in devices)
+        assert (first, second) == (NAMES[kind][numbers[0]], NAMES[kind][numbers[1]])
+        assert again == second
+        for device in devices:
+            device.close()
 
 
 def test_what_one_side_does_not_know_is_not_compared(kind: str, folder: Path) -> None:

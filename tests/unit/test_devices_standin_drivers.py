@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -81,6 +82,39 @@ def test_a_device_gives_all_that_it_has_and_no_more_to_several_at_once(kind: str
         for driver, handles in zip(drivers, taken, strict=True):
             for handle in handles:
                 driver.release(0, handle)
+
+
+def test_a_child_that_is_forked_in_a_turn_does_not_keep_it(kind: str, folder: Path) -> None:
+    """As one that lives on without another program in it."""
+    for number in range(5_000):
+        (folder / f"other.{number}").touch()  # so that a turn, which looks at each file, lasts longer than a fork
+    library, is_over, children = standins.loaded(standins.process(kind, folder)), threading.Event(), list[int]()
+
+    def count() -> None:
+        while not is_over.is_set():
+            library.standin_used(0)
+
+    counting = threading.Thread(target=count, daemon=True)
+    stays, ends = os.pipe()
+    counting.start()
+    try:
+        for _ in range(20):
+            child = os.fork()
+            if not child:
+                os.close(ends)
+                os.read(stays, 1)  # until the test is over
+                os._exit(0)
+            children.append(child)
+        is_over.set()
+        counting.join(20.0)
+        assert not counting.is_alive(), "it waits for its turn"
+    finally:
+        is_over.set()
+        os.close(ends)
+        os.close(stays)
+        for child in children:
+            os.waitpid(child, 0)
+        counting.join(20.0)
 
 
 @pytest.mark.parametrize("is_target", [True, False])

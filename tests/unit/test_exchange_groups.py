@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.exchange import groups as module
 from elasticmoe.services.worker.exchange.groups import Group, Groups
 from tests.procs.waiting import wait_until
+from tests.unit.exchanges import Host
 
 CPU = torch.device("cpu")
 make_gloo = module.BY_DEVICE["cpu"]
@@ -43,13 +46,16 @@ class Late:
 
 
 class Alone(Late):
-    """One whose peer has died before it connected: what is begun is never over."""
+    """One whose peer has died before it connected: what is begun is never over. `num_looks`: whether it is."""
+
+    num_looks = 0
 
     def alltoall_base(self, *_: Any) -> Any:
         self.threads.append(threading.current_thread().name)
         return self
 
     def is_completed(self) -> bool:
+        self.num_looks += 1
         return False
 
 
@@ -83,9 +89,17 @@ def late(monkeypatch: pytest.MonkeyPatch) -> Makers:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> Iterator[list[Groups]]:
-    """Of two ranks."""
-    made = [Groups(tmp_path / "rendezvous", "memory", slot, CPU) for slot in (0, 1)]
+def host() -> Host:
+    """Of two ranks, whose first generation runs."""
+    made = Host((2, 4, 8, 2))
+    made.observer.set_membership(1, 0b11, True, 1)
+    return made
+
+
+@pytest.fixture
+def pair(tmp_path: Path, host: Host) -> Iterator[list[Groups]]:
+    """Of the two ranks."""
+    made = [Groups(tmp_path / "rendezvous", "memory", host.join(slot), CPU) for slot in (0, 1)]
     yield made
     for each in made:
         each.keep(2)
@@ -93,9 +107,9 @@ def pair(tmp_path: Path) -> Iterator[list[Groups]]:
         each.close()
 
 
-def come(pair: list[Groups]) -> list[bool]:
+def come(pair: list[Groups], generation: int = 1) -> list[bool]:
     """Both ranks ask; whether they have a group."""
-    return [each.prepare(1, [0, 1]) for each in pair]
+    return [each.prepare(generation, [0, 1]) for each in pair]
 
 
 def test_members_are_connected_before_a_rank_has_the_group(late: Makers, pair: list[Groups]) -> None:
@@ -148,6 +162,40 @@ def test_a_group_that_is_not_wanted_any_more_connects_no_longer(late: Makers, pa
     wait_until(lambda: all(group.is_aborted for group in made), "both are given up", 20.0)
 
 
+def num_looks(made: list[Late]) -> int:
+    return sum(group.num_looks for group in made if isinstance(group, Alone))
+
+
+def test_a_group_whose_generation_is_over_is_given_up_though_its_rank_says_nothing(
+    late: Makers, pair: list[Groups], host: Host
+) -> None:
+    """As where the rank waits for its device, on which the members connect: one of them dies before the flip, or just
+    after it. Until then the group stays."""
+    late.kind, made = Alone, late.made
+    host.observer.stage_membership(2, 0b11, 2)
+    come(pair, 2)
+    wait_until(lambda: len(made) == 2 and all(group.threads for group in made), "both connect", 20.0)
+    assert host.observer.flip(2)
+    before = num_looks(made)
+    wait_until(lambda: num_looks(made) > before + 10, "they go on", 20.0)
+    assert not any(group.is_aborted for group in made)
+    host.observer.set_membership(3, 0b11, False)
+    wait_until(lambda: all(group.is_aborted for group in made), "both are given up", 20.0)
+    for each in pair:
+        with pytest.raises(TimeoutError, match="2 members have not connected, and are not to any more"):
+            wait_until(partial(each.get, 2), "it has failed", 20.0)
+
+
+def test_members_that_do_not_come_are_not_waited_for_when_the_generation_is_over(
+    pair: list[Groups], host: Host
+) -> None:
+    host.observer.stage_membership(2, 0b11, 2)
+    assert not pair[0].prepare(2, [0, 1])
+    host.observer.set_membership(3, 0b01, False)
+    with pytest.raises(TimeoutError, match="generation 2 is over"):
+        wait_until(partial(pair[0].get, 2), "it has failed", 20.0)
+
+
 def test_gloo_is_connected_when_it_is_made(pair: list[Groups], monkeypatch: pytest.MonkeyPatch) -> None:
     def unasked(*_: object) -> None:
         raise AssertionError("it has no collective before its ranks' own")
@@ -156,8 +204,50 @@ def test_gloo_is_connected_when_it_is_made(pair: list[Groups], monkeypatch: pyte
     wait_until(lambda: all(come(pair)), "both have a group", 20.0)
 
 
+class Streams:
+    """Torch's module of a device, as far as streams go. `waited`: those that were waited for."""
+
+    def __init__(self) -> None:
+        self.current, self.waited = "the rank's", list[str]()
+
+    def Stream(self) -> str:
+        return "another"
+
+    @contextmanager
+    def stream(self, one: str) -> Iterator[None]:
+        before, self.current = self.current, one
+        yield
+        self.current = before
+
+    def current_stream(self, device: torch.device) -> Streams:
+        assert device == CPU
+        return self
+
+    def synchronize(self) -> None:
+        self.waited.append(self.current)
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> Streams:
+    made = Streams()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: made)
+    return made
+
+
+def test_a_rank_waits_for_what_it_computes_and_not_for_a_group_that_connects(
+    streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = TorchBackend()
+    backend.is_synchronous = False  # as on an accelerator
+    monkeypatch.delattr(torch.accelerator, "synchronize")  # waits for all streams of the device
+    backend.fence()
+    assert streams.waited == ["the rank's"]
+
+
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
-def test_accelerators_groups_connect_on_their_ranks_device(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerators_groups_connect_on_their_ranks_device(
+    kind: str, streams: Streams, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their kinds of torch's are not here: what is asked of them is."""
     device, current, asked = torch.device("meta"), list[torch.device](), list[tuple[Any, ...]]()
 
@@ -173,7 +263,7 @@ def test_accelerators_groups_connect_on_their_ranks_device(kind: str, monkeypatc
             assert timeout == timedelta(seconds=module.COLLECT_S)
 
         def alltoall_base(self, came: torch.Tensor, sent: torch.Tensor, *sizes: Any) -> Any:
-            asked.append((came.device, sent.device, came.shape, sizes[:2]))
+            asked.append((streams.current, came.device, sent.device, came.shape, sizes[:2]))
             return self
 
         def is_completed(self) -> bool:
@@ -191,6 +281,7 @@ def test_accelerators_groups_connect_on_their_ranks_device(kind: str, monkeypatc
     group = module.BY_DEVICE[kind](device, None, 1, 3)  # type: ignore[arg-type]
     group.connect(3, lambda: True)
     assert current == [device]
-    assert asked == [(1, 3), (device, device, torch.Size([3]), ([1, 1, 1], [1, 1, 1]))]
+    assert asked == [(1, 3), ("another", device, device, torch.Size([3]), ([1, 1, 1], [1, 1, 1]))]
+    assert streams.current == "the rank's"
     group.connect(1, lambda: True)
     assert len(asked) == 2, "who is alone has nobody to connect to"

@@ -6,7 +6,7 @@ import itertools
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +38,7 @@ from elasticmoe.common.protocol.limits import FDS_MAX
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.sessions import attachments as attachments_module
 from elasticmoe.services.hmm.sessions.attachments import Attachments
-from elasticmoe.services.hmm.sessions.handles import Importer, Offer
+from elasticmoe.services.hmm.sessions.handles import Importer, Importers, Offer
 from tests.procs.descriptors import left_with, numbers_of
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec
@@ -190,7 +190,7 @@ def test_a_rank_that_is_refused_after_all_leaves_its_slot_free(pair: Pair) -> No
     assert pair.take() == []
 
 
-def test_a_process_is_admitted_once_to_a_handle_by_a_connection() -> None:
+def test_a_process_is_admitted_once_to_a_handle() -> None:
     asked: list[tuple[int, tuple[int, ...]]] = []
     device: Any = SimpleNamespace(admit_to=lambda handle, importers: asked.append((handle.place, importers)))
     one, other = (Handle("npu:0", PAGE, "local", "mailbox", True, None, place=place) for place in range(2))
@@ -201,8 +201,39 @@ def test_a_process_is_admitted_once_to_a_handle_by_a_connection() -> None:
     one.is_live = False
     again = Handle("npu:0", PAGE, "local", "mailbox", True, None, place=0)  # another one in its place
     first.admit_to(device, again)
-    Importer(77).admit_to(device, other)  # by its next connection: the process may be another one of that number
+    Importer(77).admit_to(device, other)  # another rank's process, of the number of one that has ended
     assert asked[2:] == [(0, (77,)), (1, (77,))]
+
+
+def test_a_rank_that_resumes_is_the_process_that_was_admitted() -> None:
+    """A driver that has lost the device since is asked for nothing, and the rank goes on there."""
+    asked: list[Sequence[int]] = []
+    device: Any = SimpleNamespace(admit=asked.append, check_usable=lambda: None)
+    request = Attach(RankId(0, 0), 0, "npu:0", "r0", importer=77)
+    importers = Importers(())
+    first = importers.of(request)
+    first.admit(device)
+    again = importers.of(msgspec.structs.replace(request, resume=True))
+    again.admit(device)
+    assert (again is first, asked) == (True, [[77]])
+    importers.of(msgspec.structs.replace(request, slot=1, incarnation="r1")).admit(device)
+    importers.of(msgspec.structs.replace(request, incarnation="r2")).admit(device)  # with the number of one that ended
+    assert asked == [[77]] * 3
+    handle = Handle("npu:1", PAGE, "local", "mailbox", True, None)
+    assert not importers.of(request).may_have(handle), "it is another one than the latest there"
+    resumed = msgspec.structs.replace(request, incarnation="r3", resume=True)
+    assert importers.of(resumed).may_have(handle), "a predecessor of this HMM may have admitted it"
+
+
+def test_a_device_that_only_this_process_has_lost_takes_ranks_that_resume_and_no_others() -> None:
+    def fail() -> None:
+        raise DeviceError("host:0 cannot be used", code="driver_failed")
+
+    device: Any = SimpleNamespace(admit=lambda _: None, check_usable=fail)  # as a GPU's, which asks nobody
+    request = Attach(RankId(0, 0), 0, "host:0", "r0")
+    with pytest.raises(DeviceError, match="cannot be used"):
+        Importers(()).of(request).admit(device)
+    Importers(()).of(msgspec.structs.replace(request, resume=True)).admit(device)
 
 
 @pytest.mark.parametrize("message", [Applied(1 << 62), Attach(RankId(0, 0), 0, "host:0", "r0")])

@@ -4,7 +4,7 @@ the machine has no descriptor left to share memory by. On the stand-ins of both 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,14 @@ import pytest
 
 from elasticmoe.common.devices import factory
 from elasticmoe.common.devices.accelerator import AcceleratorDevice
-from elasticmoe.common.devices.rules import ProcessRules
+from elasticmoe.common.devices.driver import Lost
+from elasticmoe.common.devices.rules import Handle, ProcessRules
 from elasticmoe.common.layout import Layout, initial_layout, keys_on
-from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, Unavailable
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel, StageLayout
 from elasticmoe.services.hmm.loading.loader import ModelLoad
 from elasticmoe.services.hmm.memory.holdings import Holdings
+from elasticmoe.services.hmm.sessions.handles import attach_reply
 from tests.devices import standins
 from tests.procs.descriptors import left_with
 from tests.unit.test_hmm_memory_shortage import LOG, World, try_transition
@@ -56,6 +58,7 @@ def world(process: type[AcceleratorDevice], tiny_mixtral: Path, tmp_path: Path) 
 
 
 only_cuda = pytest.mark.parametrize("kind", ["cuda"], indirect=True)  # NPUs share by numbers
+only_npu = pytest.mark.parametrize("kind", ["npu"], indirect=True)
 
 
 def without(device: str, request: StageLayout, before: Layout) -> StageLayout:
@@ -101,10 +104,47 @@ def test_a_device_that_is_lost_is_left_out_and_its_memory_is_given_back_by_name(
     world.check()
 
 
-def successor_of(world: World, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Holdings, set[str]]:
-    """The next process, and what it lets the keeper hold."""
+@pytest.mark.parametrize("error", [DoesNotFit("answers 207001"), DeviceError("answers 107000", code="driver_refused")])
+def test_memory_that_cannot_be_given_back_holds_up_nothing(
+    world: World, process: type[AcceleratorDevice], monkeypatch: pytest.MonkeyPatch, error: ElasticMoEError
+) -> None:
+    memory, driver = world.holdings.memories["host:0"], process._of_this_process()
+    taken = memory.take_all()
+    unmap, (kept, *others) = driver.unmap, taken
+
+    def refuse(index: int, address: int, nbytes: int) -> None:
+        if address == kept_at:
+            raise error
+        unmap(index, address, nbytes)
+
+    assert isinstance(kept, Handle)
+    kept_at = memory.address(kept)
+    monkeypatch.setattr(driver, "unmap", refuse)
+    for one in taken:
+        memory.let_go(one)
+    assert memory.device.budget - memory.device.free == kept.nbytes, "the rest is given back"
+    assert all(not one.is_live for one in others if isinstance(one, Handle))
+    memory.close()
+
+
+def test_a_rank_is_answered_though_this_process_has_lost_its_device(world: World, folder: Path) -> None:
+    """Its own driver may have it still: it goes on there, and has to be known."""
+    memory = world.holdings.memories["host:1"]
+    before, _ = attach_reply(memory, world.holdings)
+    standins.lose(folder, 1)
+    memory.device.fence()
+    assert memory.device.failure
+    after, _ = attach_reply(memory, world.holdings)
+    assert after == before
+    assert after.identity
+
+
+def successor_of(
+    world: World, process: type[AcceleratorDevice], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Holdings, set[str]]:
+    """The next HMM, in that process, and what it lets the keeper hold."""
     held = dict[str, int]()
-    monkeypatch.setitem(factory._BACKENDS, "host", standins.process(kind, folder))
+    monkeypatch.setitem(factory._BACKENDS, "host", process)
 
     def fetch(**_: object) -> dict[str, int]:
         return {name: os.dup(fd) for name, fd in world.kept.items()}
@@ -121,7 +161,7 @@ def test_a_successor_takes_over_what_the_healthy_devices_have(
 ) -> None:
     before, kept = world.checksums(), set(world.kept)
     standins.lose(folder, 1)
-    successor, held = successor_of(world, kind, folder, monkeypatch)
+    successor, held = successor_of(world, standins.process(kind, folder), monkeypatch)
     try:
         assert successor.loaded is not None
         assert successor.loaded.layout == world.layout
@@ -142,12 +182,12 @@ def test_a_successor_takes_over_what_the_healthy_devices_have(
         successor.close()
 
 
-@pytest.mark.parametrize("kind", ["npu"], indirect=True)
+@only_npu
 def test_a_successor_that_begins_anew_loads_on_the_healthy_devices(
     world: World, kind: str, folder: Path, tiny_mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     standins.lose(folder, 1)
-    successor, _ = successor_of(world, kind, folder, monkeypatch)
+    successor, _ = successor_of(world, standins.process(kind, folder), monkeypatch)
 
     def load(*slots: int) -> None:
         layout = initial_layout((5, 5), [f"host:{slot}" for slot in slots])
@@ -177,8 +217,76 @@ def test_without_any_device_the_start_fails(
     for device in range(3):
         standins.lose(folder, device)
     with pytest.raises(DeviceError) as caught:
-        successor_of(world, kind, folder, monkeypatch)
+        successor_of(world, standins.process(kind, folder), monkeypatch)
     assert caught.value.code == "driver_failed"
+
+
+def test_a_device_that_has_no_memory_for_its_driver_costs_only_itself(
+    world: World, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU that others have filled."""
+    process = standins.process(kind, folder)
+    driver = process._of_this_process()
+    open_ = driver._open
+
+    def short(index: int) -> None:
+        if index == 1:
+            raise DoesNotFit("the device's memory is short")
+        open_(index)
+
+    monkeypatch.setattr(driver, "_open", short)
+    successor, _ = successor_of(world, process, monkeypatch)
+    try:
+        failures = [memory.device.failure for memory in successor.memories.values()]
+        assert failures == ["", "the device's memory is short", ""]
+        assert (successor.loaded is not None) == (kind == "cuda")  # what an NPU has nobody takes over
+    finally:
+        successor.close()
+
+
+# ---- Mailboxes
+
+
+def lost(device: int, export: Callable[[int, int], int]) -> Callable[[int, int], int]:
+    """A driver's export that a device does no more."""
+
+    def refuse(index: int, handle: int) -> int:
+        if index == device:
+            raise Lost("answers 507010")
+        return export(index, handle)
+
+    return refuse
+
+
+@only_npu
+def test_a_load_fails_whose_mailboxes_cannot_be_shared(
+    process: type[AcceleratorDevice], tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Later on every rank would be told of them."""
+    driver: Any = process._of_this_process()
+    monkeypatch.setattr(driver, "export", lost(1, driver.export))
+    with pytest.raises(Lost):
+        World(tiny_mixtral, tmp_path, device_bytes=DEVICE_BYTES, exchange="mailbox")
+    assert standins.loaded(process).standin_used(0) == 0
+
+
+@only_npu
+def test_a_mailbox_that_cannot_be_shared_is_not_staged(
+    process: type[AcceleratorDevice], tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tiny_mixtral, tmp_path, device_bytes=DEVICE_BYTES, exchange="mailbox")
+    driver: Any = process._of_this_process()
+    try:
+        monkeypatch.setattr(driver, "export", lost(2, driver.export))
+        request = world.request(0, 1, 2)
+        world.transitions.stage(request)
+        world.turn_to("failed")
+        assert failure(world)[0] == "driver_failed"
+        world.transitions.abort(request.id)
+        world.turn_to("aborted")
+        assert (world.holdings.check_integrity(), world.layout.slots) == ([], (0, 1))
+    finally:
+        world.close()
 
 
 # ---- Without descriptors

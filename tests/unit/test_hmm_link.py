@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import Applied, AttachReply, SeatMemory, Segment, ShareHandles
 from elasticmoe.common.protocol.pool import StartRank
-from elasticmoe.common.protocol.replies import Ack
+from elasticmoe.common.protocol.replies import Ack, Refused
 from elasticmoe.services.worker.hmm.link import MESSAGES_PER_LOOK, RESUME_S, HmmLink
 from tests.unit.specs import tiny_mixtral_spec
 
@@ -128,6 +129,35 @@ def test_within_a_step_only_the_end_is_heard_and_another_memory_ends_the_rank(
     link.close()
     link.hear(9.0)
     assert link.is_connected
+
+
+def test_a_refusal_is_told_once_and_the_want_of_an_hmm_is_not(
+    link: HmmLink, channel: Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, str]] = []
+    log = SimpleNamespace(
+        debug=lambda _, **facts: told.append(("debug", facts["because"])),
+        warning=lambda _, **facts: told.append(("warning", facts["because"])),
+        info=lambda *_, **__: None,
+    )
+    monkeypatch.setattr("elasticmoe.services.worker.hmm.link.importer_number", lambda _: 0)
+    monkeypatch.setattr("elasticmoe.services.worker.hmm.link.log", log)
+    link._channel = None
+    failed, busy = (
+        Refused("driver_failed", "host:0 cannot be used"),
+        Refused("copying", "copies are under way", retryable=True),
+    )
+    for now, refusal in enumerate((failed, failed, busy, Refused("not_found", "no such seat"), failed)):
+        channel.came.append(refusal)
+        link.hear(float(now))
+    assert told == [
+        ("warning", "host:0 cannot be used"),
+        ("debug", "host:0 cannot be used"),
+        ("debug", "copies are under way"),
+        ("warning", "no such seat"),
+        ("warning", "host:0 cannot be used"),
+    ]
+    assert not link.is_connected
 
 
 def test_the_first_goal_ends_what_is_handed_over(link: HmmLink, channel: Channel) -> None:

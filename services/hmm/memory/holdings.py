@@ -21,7 +21,7 @@ from elasticmoe.common.fdchannel import close_all
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.machine import available_bytes
-from elasticmoe.common.protocol.errors import ConfigError, DeviceError, Unavailable
+from elasticmoe.common.protocol.errors import ConfigError, DeviceError, ElasticMoEError, Unavailable
 from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.memory.catalog import (
     Catalog,
@@ -66,8 +66,8 @@ class Holdings:
         """Adopt what the keeper holds, or begin afresh where it holds nothing valid. A device that cannot be opened is
         kept, and not used, as long as there is another one.
 
-        Raises ConfigError where what it holds does not match the configuration; DeviceError; ElasticMoEError of the
-        keeper channel.
+        Raises ConfigError where what it holds does not match the configuration; DeviceError; DoesNotFit where no device
+        has memory for its driver; ElasticMoEError of the keeper channel.
         """
         self._look()
         kept = self._parking.fetch(deadline_ms=_KEEPER_MS)
@@ -82,12 +82,13 @@ class Holdings:
         self._park()
 
     def _look(self) -> None:
-        """Ask for what drivers say of the memory of each device."""
-        names, failed = self._names(), dict[str, DeviceError]()
+        """Ask for what drivers say of the memory of each device. One that has no memory for that is as one that has
+        failed."""
+        names, failed = self._names(), dict[str, ElasticMoEError]()
         for name in names:
             try:
                 self.told |= memory_of([name])
-            except DeviceError as error:
+            except ElasticMoEError as error:
                 failed[name] = error
         if len(failed) == len(names):
             raise failed[names[0]]

@@ -9,7 +9,7 @@ from elasticmoe.common.devices.base import Device, Handle, Range, Space
 from elasticmoe.common.devices.rules import HandleOrigin
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.model_spec import RecordKey
-from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError
 from elasticmoe.common.seat_sizes import BusSizes
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native.bus import Bus, format_bus
@@ -47,9 +47,11 @@ class DeviceMemory:
         self._map(self.kv[-1])
 
     def create_mailbox(self, nbytes: int) -> None:
-        """Create and map the mailbox of the rank on this device. Raises DoesNotFit."""
+        """Create, map and export the mailbox of the rank on this device. Raises DoesNotFit, DeviceError; Unavailable at
+        the limit of open files."""
         self.mailbox = self.device.create(nbytes, "mailbox")
         self._map(self.mailbox)
+        self.device.export(self.mailbox)  # every rank is told of it: a refusal must not come only then
 
     def claim(self, nbytes: int, space: Space, at: int = 0) -> Handle:
         """A mapped handle without pages that the catalog does not name yet (Device.claim). Raises DoesNotFit,
@@ -129,7 +131,7 @@ class DeviceMemory:
         until this process ends."""
         try:
             self.release(memory)
-        except DeviceError as error:
+        except ElasticMoEError as error:
             log.error("memory is not given back", device=self.device.name, code=error.code, reason=error.message)
 
     def entry(self) -> DeviceEntry:
@@ -176,7 +178,7 @@ class DeviceMemory:
             self.ledger = None
         try:
             self.device.close()
-        except DeviceError as error:
+        except ElasticMoEError as error:
             log.error("memory is not given back", device=self.device.name, code=error.code, reason=error.message)
 
 

@@ -331,6 +331,8 @@ class Supply:
                 if isinstance(part, HandlePart):
                     part.memory.device.settle(part.handle)
                     devices[part.memory.device.name] = part.memory.device
+                    if part.handle.space == "mailbox":  # every rank is told of it: a refusal must not come only then
+                        part.memory.device.export(part.handle)
             for device in devices.values():
                 device.check_usable()
                 device.descriptors()  # which makes those that the catalog is about to need

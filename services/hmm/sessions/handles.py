@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Container, Iterator
 from typing import Final, NamedTuple
 
 from elasticmoe.common.devices.base import Device, FdToken, Handle, Token
+from elasticmoe.common.devices.driver import Lost
 from elasticmoe.common.host_shared import HostShared
 from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.model_spec import RecordKey
@@ -64,11 +65,28 @@ class View(NamedTuple):
 
 
 class Importer:
-    """The process of a rank as drivers know it, for one connection of that rank. `number`: as Attach has it."""
+    """The process of a rank as drivers know it. `number`: as Attach has it; `attached`: slots of the ranks that live,
+    as they come and go; `has_resumed`: it was a predecessor of this HMM that it had its memory from."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, attached: Container[int] = (), *, has_resumed: bool = False) -> None:
         self.number = number
+        self.attached = attached
+        self._has_resumed = has_resumed
+        self._is_admitted = False  # to its own device
         self._admitted: set[Handle] = set()
+
+    def admit(self, device: Device) -> None:
+        """Let it import what its own device has, now and later. A driver is asked once, and not where this process has
+        lost the device while the rank goes on there. Raises DeviceError; driver_failed to a rank that comes anew."""
+        if not self._is_admitted:
+            if not self._has_resumed:
+                device.check_usable()
+            device.admit([self.number])
+            self._is_admitted = True
+
+    def may_have(self, handle: Handle) -> bool:
+        """Whether it may have imported what another device has."""
+        return self._has_resumed or handle in self._admitted
 
     def admit_to(self, device: Device, handle: Handle) -> None:
         """Let it import what another device has. A driver is asked once: what it was admitted to, it may import until
@@ -76,6 +94,23 @@ class Importer:
         if handle not in self._admitted:
             device.admit_to(handle, (self.number,))
             self._admitted = {one for one in self._admitted if one.is_live} | {handle}
+
+
+class Importers:
+    """The latest rank's of each slot. A rank that resumes is the process that it was: what it was admitted to then, it
+    has still, also where the device has failed since."""
+
+    def __init__(self, attached: Container[int]) -> None:
+        self._attached = attached
+        self._by_slot: dict[int, tuple[str, Importer]] = {}
+
+    def of(self, request: Attach) -> Importer:
+        """Of the rank that asks to be attached."""
+        known = self._by_slot.get(request.slot)
+        if known is None or known[0] != request.incarnation:
+            importer = Importer(request.importer, self._attached, has_resumed=request.resume)
+            known = self._by_slot[request.slot] = (request.incarnation, importer)
+        return known[1]
 
 
 def full_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | None) -> View:
@@ -163,14 +198,24 @@ def _replica_on(device: str, layouts: tuple[Layout, ...]) -> tuple[int, ...]:
 
 
 def _mailboxes(view: View, holdings: Holdings, importer: Importer, fds: _Fds) -> Iterator[SharedMailbox]:
-    """Mailboxes of the view's seats, as far as they are made. A seat whose memory is still on its way has none yet."""
+    """Mailboxes of the view's seats, as far as they are made. A seat whose memory is still on its way has none yet.
+
+    Of a device that has failed, one is for ranks that may have it already, and for all while the rank there lives: then
+    only this process has lost the device. Any other rank would end by its import, and the layout that leaves the device
+    out could never begin."""
     seats = {seat.slot: seat for layout in view.layouts for seat in layout.seats}
     for slot, seat in sorted(seats.items()):
         memory = holdings.memories[seat.device]
-        if memory.mailbox is not None:
+        if memory.mailbox is None:
+            continue
+        if memory.device.failure and slot not in importer.attached and not importer.may_have(memory.mailbox):
+            continue
+        try:
             token = memory.device.export(memory.mailbox)
             importer.admit_to(memory.device, memory.mailbox)
-            yield SharedMailbox(slot, _shared(memory.device.id_of(memory.mailbox), token, fds))
+        except Lost:
+            continue
+        yield SharedMailbox(slot, _shared(memory.device.id_of(memory.mailbox), token, fds))
 
 
 def _share(fds: _Fds, shared: HostShared) -> Segment:

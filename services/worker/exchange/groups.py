@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
 from elasticmoe.common.telemetry import get_logger
-from elasticmoe.native.bus import Bus
 
 log = get_logger("exchange")
 
@@ -34,6 +33,20 @@ LEAST_S: Final = 0.001  # of a collective's own deadline: torch takes 0 for none
 CLOSE_S: Final = 20.0  # the longest that a rank's end waits for groups to end
 LOOK_S: Final = 0.005  # between two looks whether they are
 LOOPBACK: Final = "127.0.0.1"
+
+
+class Generations(Protocol):
+    """What says which generation is in force: the rank's bus, of which this is used. Any thread may ask."""
+
+    @property
+    def slot(self) -> int:
+        """The rank's own."""
+
+    def staged(self) -> tuple[int, int, int]:
+        """Generation, members and epoch of what comes next; zeros for nothing."""
+
+    def membership(self) -> tuple[int, int, bool, int]:
+        """Generation, members, whether it runs, and epoch of what is in force."""
 
 
 class TorchGroup(Protocol):
@@ -198,11 +211,11 @@ class _Making:
 
 class Groups:
     """One rank's. For one thread. `path`: of a file that all ranks of the host share and nobody else writes, made where
-    it is missing; `name`: tells generations of one memory from those of another in it; `bus`: the rank's, mapped until
+    it is missing; `name`: tells generations of one memory from those of another in it; `generations`: to be asked until
     `close` has returned; `device`: of the tensors."""
 
-    def __init__(self, path: Path, name: str, bus: Bus, device: torch.device) -> None:
-        self._path, self._name, self._bus, self._slot = path, name, bus, bus.slot
+    def __init__(self, path: Path, name: str, generations: Generations, device: torch.device) -> None:
+        self._path, self._name, self._generations, self._slot = path, name, generations, generations.slot
         self._make = partial(BY_DEVICE[device.type], device)
         self._made: dict[int, _Making] = {}
         self._ending: list[_Making] = []
@@ -220,9 +233,10 @@ class Groups:
         """Wait for all members, and make the group with them, connected. Raises TimeoutError, and what torch raises."""
 
         def may_begin() -> bool:
-            """The bus says it, as the rank may not: its thread waits for the device as long as members connect there
-            whose peer has died."""
-            return is_wanted() and generation in (self._bus.staged()[0], self._bus.membership()[0])
+            """Asked here, as the rank may not say it: its thread waits for the device as long as members connect there
+            whose peer has died. What is staged, first: it may come into force in between."""
+            known = self._generations
+            return is_wanted() and generation in (known.staged()[0], known.membership()[0])
 
         store = PrefixStore(f"{self._name}/{generation}", FileStore(str(self._path), -1))
         store.set_timeout(timedelta(seconds=MAKE_S))

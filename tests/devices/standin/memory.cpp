@@ -27,7 +27,8 @@ uint64_t setting(const char* name, uint64_t otherwise) {
 }
 
 // One process at a time changes what devices have: the files of their memory and its count. Whoever is killed in its
-// turn loses it, for the kernel ends the lock with the process.
+// turn loses it, for the kernel ends the lock with the process. A turn's end is said, because a child that was forked
+// within it has the file open as well.
 class Turn {
  public:
   explicit Turn(const std::string& folder)
@@ -36,7 +37,9 @@ class Turn {
     }
   }
   ~Turn() {
-    if (fd_ >= 0) ::close(fd_);
+    if (fd_ < 0) return;
+    flock(fd_, LOCK_UN);
+    ::close(fd_);
   }
   Turn(const Turn&) = delete;
   Turn& operator=(const Turn&) = delete;
