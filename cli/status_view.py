@@ -203,8 +203,14 @@ def _short_processes(status: Status) -> Text:
 
 
 def _failing(status: Status) -> RenderableType | None:
-    """A line for each process that does not stay up: what goes on without it, and why."""
+    """A line for each process that does not stay up, with what goes on without it, and for each device that cannot be
+    used; and why."""
     lines = [
+        f"{device['device']} cannot be used: {device['failure']}"
+        for device in status["devices"].get("devices", ())
+        if device.get("failure")
+    ]
+    lines += [
         f"{down['name']} does not stay up and is tried again; the rest goes on. {down['reason']}"
         for down in status["deployment"].get("down", ())
         if down["is_failing"]
@@ -230,7 +236,10 @@ def _devices(devices: dict[str, Any]) -> RenderableType:
         figures = [size(memory.get(name) or 0) for name in shown]
         if has_large:
             figures.append(size(device.get("large_pages") or 0))
-        table.add(str(device.get("device")), str(device.get("state")), *figures)
+        state = Text(str(device.get("state")))
+        if device.get("failure"):
+            state = Text(state.plain if state.plain == "failed" else f"{state}, failed", style="red")
+        table.add(str(device.get("device")), state, *figures)
     return table
 
 

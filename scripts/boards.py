@@ -222,7 +222,7 @@ SCALING = Board(
 MEMORY = Board(
     "elasticmoe-memory",
     "ElasticMoE: memory",
-    "What lies on each device: weights, experts and KV, and what is free.",
+    "What lies on each device: weights, experts and KV, what is free, and which devices have failed.",
     (
         Panel(
             "Devices: budget and what is free",
@@ -262,6 +262,12 @@ MEMORY = Board(
             "Of the layout that the scaler has and that the router follows, and of the scaler's fence",
             "short",
             (Query(_of(scaler.EPOCH), "layout, {{job}}"), Query(_of(scaler.FENCE), "fence")),
+        ),
+        Panel(
+            "Devices that have failed",
+            scaler.DEVICE_FAILED.text,
+            "short",
+            (Query(_of(scaler.DEVICE_FAILED), "{{device}}"),),
         ),
     ),
 )

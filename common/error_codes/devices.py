@@ -27,7 +27,9 @@ DEVICES: dict[str, Code] = {
     ),
     "no_torch": Code("Torch cannot use the device", "Install the package or the build of torch that the text names"),
     "driver_failed": Code(
-        "A device or its driver has failed", "See the text, and the driver's log; replace the device"
+        "A device or its driver has failed; or an order needs a device that has",
+        "See the text, and the driver's log; order it without the device, and replace that",
+        (422,),
     ),
     "driver_refused": Code("A driver has refused a call", _REPORT),
     "not_admitted": Code("A process was not admitted to a shared handle, or before it had started", _REPORT),

@@ -30,6 +30,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     large_pages: bytes of its weights and KV in large pages, where its backend's own are small; 0 elsewhere. As
         far as they have been looked at since the memory changed last
     total: bytes that the device has, as its driver says; 0 where its memory is the machine's
+    failure: why the device cannot be used; empty: it can
     """
 
     device: str
@@ -46,6 +47,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     is_waiting: bool = False
     total: int = 0
     large_pages: int = 0
+    failure: str = ""
 
 
 class MemoryFacts(msgspec.Struct, frozen=True):

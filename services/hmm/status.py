@@ -114,4 +114,5 @@ def _device_status(
         is_waiting=attached is not None and members.is_waiting_for_device(attached.slot),
         total=holdings.told[name].total if name in holdings.told else 0,
         large_pages=min(large_pages.get(name, 0), used["weights"] + used["kv"]),  # some may have gone since
+        failure=memory.device.failure,
     )

@@ -4,7 +4,7 @@ A deployment has one host today, LOCAL_HOST. What the scaler asks of hosts, it a
 
 | kind | what |
 |---|---|
-| of each host, put together | `devices`, `attached`, `ranks`, `pools_answer`, `standby`, `startable` |
+| of each host, put together | `devices`, `failed`, `attached`, `ranks`, `pools_answer`, `standby`, `startable` |
 | of the deployment, told by its one host | `phase`, `error`, `memory`, `members`, `transition`, `in_force` |
 
 The second kind takes one host for granted, in `_only`: several would have to agree on it (docs/adr/0029).
@@ -85,6 +85,11 @@ class Cluster(msgspec.Struct, frozen=True):
     def devices(self) -> tuple[DeviceStatus, ...]:
         """Of all hosts, in the order that plans take them in."""
         return tuple(device for host in self.hosts.values() if host.hmm is not None for device in host.hmm.devices)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Devices that cannot be used, with the reason."""
+        return {device.device: device.failure for device in self.devices if device.failure}
 
     @property
     def attached(self) -> dict[str, str]:

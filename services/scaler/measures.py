@@ -95,6 +95,7 @@ SERVING = _measure(
             "max_over_time(elasticmoe:serving[30s]) == 0",
             "Nobody is served: wake somebody. `elasticmoe status` says what is missing.",
             "critical",
+            "2m",  # a start may load for so long
         ),
     ),
 )
@@ -117,6 +118,20 @@ LARGE_PAGES = _measure(
     "gauge",
     "Weights and KV that lie in large pages, on devices whose own pages are small",
     ("device",),
+)
+DEVICE_FAILED = _measure(
+    "elasticmoe:device_failed",
+    "gauge",
+    "1 where the HMM cannot use the device",
+    ("device",),
+    (
+        Alert(
+            "elasticmoe:device_failed == 1",
+            "A device has failed: what the layout has on it has to be left out. `elasticmoe status` names it, and "
+            "runbooks/lost-device.md says what to do.",
+            "warning",
+        ),
+    ),
 )
 KV_BLOCKS = _measure(
     "elasticmoe:kv_blocks",
@@ -213,6 +228,7 @@ SEEN: tuple[Measure, ...] = (
     EXPERTS,
     DEVICE_BYTES,
     LARGE_PAGES,
+    DEVICE_FAILED,
     KV_BLOCKS,
     STANDBY,
     STANDBY_WANTED,

@@ -59,6 +59,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     is_backing_off: not yet the next one
     last_exit: why the last one ended
     load_refused: why nothing may be loaded
+    is_resumed: this scaler goes on with a layout that was committed before it began
     exits: by slot, why ranks of joining seats ended since this attempt began
     stage_refused: the HMM's answer to its staging
     is_durable: the journal holds the operation's present state
@@ -74,6 +75,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     is_backing_off: bool = False
     last_exit: str = ""
     load_refused: Refused | None = None
+    is_resumed: bool = False
     exits: Mapping[int, str] = {}
     stage_refused: Refused | None = None
     is_durable: bool = True

@@ -259,6 +259,7 @@ class Scaler:
             is_backing_off=now < self._backoff_until,
             last_exit=self._last_exit,
             load_refused=self._beginning.refusal if self._beginning is not None else None,
+            is_resumed=self._beginning is not None and self._beginning.is_resumed,
             load=self._autoscaler.observe(cluster, self._lost(), is_changing=self._executor.operation is not None),
         )
 

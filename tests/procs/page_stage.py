@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,7 +53,8 @@ MOVING = range(10)  # slots of ranks that hand a sequence over, while it grows
 
 class Stage:
     """Serves until `close`. Every rank's load is another one in each turn. `is_growing`: records are being copied to
-    the devices that were free. `is_idle`: nothing is routed to experts. `instance`: the deployment's name."""
+    the devices that were free. `is_idle`: nothing is routed to experts. `instance`: the deployment's name. `failed`:
+    numbers of devices that cannot be used."""
 
     def __init__(
         self,
@@ -64,10 +65,12 @@ class Stage:
         is_growing: bool = False,
         is_idle: bool = False,
         instance: str = "i-stage",
+        failed: Collection[str] = (),
     ) -> None:
         self._num = num_devices
         self._is_idle = is_idle
         self._instance = instance
+        self._failed = failed
         self._random = random.Random(1)
         used = max(1, num_devices - num_devices // 8)
         seats = tuple(Seat(RankId(slot, 0), slot, f"host:{slot}") for slot in range(used))
@@ -232,9 +235,9 @@ class Stage:
         is_used = number < len(self._layout.seats)
         weights, kv = (18 * GIB + (number % 5) * GIB, 9 * GIB) if is_used else (0, 0)
         other = GIB // 2 if is_used else 0
-        return DeviceStatus(
-            f"host:{number}", 48 * GIB, weights, kv, other, 48 * GIB - weights - kv - other, 8, BLOCKS, None
-        )
+        free = 48 * GIB - weights - kv - other
+        failure = "its driver says that it is lost" if str(number) in self._failed else ""
+        return DeviceStatus(f"host:{number}", 48 * GIB, weights, kv, other, free, 8, BLOCKS, None, failure=failure)
 
     def _load(self, seat: Seat, wave: float) -> RankLoad:
         running = self._running[seat.slot]
@@ -260,7 +263,8 @@ def _decided(at: int, reason: Reason, target: int | None) -> Decided:
 
 @contextmanager
 def staged(num_devices: int, *words: str, port: int = 0) -> Iterator[str]:
-    """The same in a process of its own; its address. `words`: `growing`, `idle`, `token=TEXT`, `instance=NAME`."""
+    """The same in a process of its own; its address. `words`: `growing`, `idle`, `token=TEXT`, `instance=NAME`,
+    `failed=N,N`."""
     argv = [sys.executable, "-m", "tests.procs.page_stage", str(num_devices), str(port), *words]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -276,8 +280,9 @@ if __name__ == "__main__":
     port = int(sys.argv[2]) if len(sys.argv) > 2 else 0
     words = dict(word.partition("=")[::2] for word in sys.argv[3:])
     token, instance = words.get("token", "stage"), words.get("instance", "i-stage")
+    failed = words.get("failed", "").split(",")
     are = {"is_growing": "growing" in words, "is_idle": "idle" in words}
-    stage = Stage(int(sys.argv[1]), token, port, instance=instance, **are)
+    stage = Stage(int(sys.argv[1]), token, port, instance=instance, failed=failed, **are)
     print(f"http://127.0.0.1:{stage.port}/#token={token}", flush=True)
     sys.stdin.readline()
     stage.close()

@@ -259,9 +259,61 @@ async def test_a_device_whose_driver_gives_it_up_costs_nothing_but_itself(
         await asyncio.to_thread(check_integrity, deployment)
         assert set(await asyncio.to_thread(ranks_of, deployment)) == {deployment.device(0), deployment.device(2)}
         named = [deployment.device(number) for number in range(3)]
-        again = await asyncio.to_thread(deployment.scale, devices=named)
-        assert (again["outcome"], again["error"]["code"]) == ("aborted", "driver_failed"), again
+        status, again = await asyncio.to_thread(deployment.admin_call, "POST", "/v1/scale", {"devices": named})
+        assert (status, again["error"]["code"]) == (422, "driver_failed"), again
+        assert f"{deployment.device(1)} cannot be used: " in again["error"]["message"]
         await wait_more(load, 8)
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 500
     assert deployment.log("hmm").count("device cannot be used") == 2  # each HMM says it once
+    assert deployment.stop().count("error") == 0
+
+
+def failed_devices(deployment: Deployment) -> list[str]:
+    """Those of which it is said why they cannot be used."""
+    return [device["device"] for device in deployment.admin("/v1/devices")["devices"] if device["failure"]]
+
+
+def test_growth_takes_the_next_device_where_a_spare_one_has_failed(
+    drivers: Path, deploy: Callable[..., Deployment]
+) -> None:
+    """It is dead when an HMM begins, and nobody has needed it."""
+    deployment = deploy("oracle", replicas=2, devices=4, **SETTINGS)
+    hmm = deployment.pids["hmm"]
+    standins.lose(drivers, 2)
+    deployment.kill("hmm")
+    deployment.wait_restarted("hmm", hmm)
+    devices = [deployment.device(number) for number in range(4)]
+    wait_until(lambda: failed_devices(deployment) == [devices[2]], "the HMM tells of it", 60.0)
+    deployment.wait_serving()
+    assert deployment.scale(replicas=3)["phase"] == "done"
+    assert set(ranks_of(deployment)) == {devices[0], devices[1], devices[3]}
+    status, refused = deployment.admin_call("POST", "/v1/scale", {"replicas": 4})
+    assert (status, refused["error"]["code"]) == (422, "too_few_devices")
+    assert f"{devices[2]} cannot be used" in refused["error"]["message"]
+    assert deployment.log("scaler").count("device cannot be used") == 1
+    check_integrity(deployment)
+    assert deployment.stop().count("error") == 0
+
+
+async def test_an_hmm_that_takes_nothing_over_loads_what_was_there_without_a_failed_device(
+    drivers: Path, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    """Of NPUs any HMM takes nothing over, of GPUs one whose keeper has ended as well."""
+    deployment = deploy("oracle", replicas=3, **SETTINGS)
+    async with Load(deployment.base_url, clients=8, seed=10) as load:
+        await wait_tokens(load)
+        hmm, keeper = deployment.pids["hmm"], deployment.pids["keeper"]
+        standins.lose(drivers, 1)
+        for name in ("keeper", "hmm"):
+            await asyncio.to_thread(deployment.kill, name)
+        await asyncio.to_thread(deployment.wait_restarted, "keeper", keeper)
+        await asyncio.to_thread(deployment.wait_restarted, "hmm", hmm)
+        left = {deployment.device(0), deployment.device(2)}
+        await asyncio.to_thread(wait_until, lambda: set(ranks_of(deployment)) == left, "it is left out", 60.0)
+        await asyncio.to_thread(deployment.wait_serving)
+        await wait_more(load, 16)
+        await asyncio.to_thread(check_integrity, deployment)
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 100
+    assert failed_devices(deployment) == [deployment.device(1)]
+    assert "loaded without it" in deployment.log("scaler")
     assert deployment.stop().count("error") == 0

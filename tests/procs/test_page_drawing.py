@@ -58,6 +58,22 @@ def test_a_style_that_changes_is_drawn_within_the_content_policy(browser: Browse
         page.check_quiet()
 
 
+def test_devices_that_have_failed_are_named_in_words(browser: Browser) -> None:
+    """One that the layout uses, and one that it does not."""
+    with staged(8, "failed=1,7") as url:
+        page = Page.after_another(browser, url, "stage")
+        browser.wait(lambda: "8 devices: 7 used, 0 free, 1 failed" in browser.text(), "all are counted")
+        assert "failed" in page.said(".tile[data-device='host:7'][data-state=failed]")
+        used = page.said(".tile[data-device='host:1'][data-state=used]")
+        assert ("serves" in used, "failed" in used) == (True, True)
+        assert "failed" not in page.said(".tile[data-device='host:0']")
+        page.show("health")
+        browser.wait(lambda: "failed: host:1, host:7" in browser.text(), "they are named")
+        assert "host:1: its driver says that it is lost; host:7: its driver" in browser.text()
+        assert page.violations() == []
+        page.check_quiet()
+
+
 def test_hundreds_of_devices_are_as_light_as_a_few(browser: Browser) -> None:
     with staged(384) as url:
         page = Page.after_another(browser, url, "stage")

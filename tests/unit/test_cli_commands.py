@@ -219,6 +219,20 @@ def test_status_shows_what_lies_in_large_pages_where_pages_are_small() -> None:
     assert "large pages" not in devices(0, 0)
 
 
+def test_status_names_devices_that_cannot_be_used() -> None:
+    def devices(*states: str) -> str:
+        listed = [
+            {"device": f"cuda:{n}", "state": state, "memory": MEMORY, "failure": "it is lost" if n else ""}
+            for n, state in enumerate(states)
+        ]
+        return shown(running(layout={"error": "-"}, devices={"devices": listed}, load={"error": "-"}))
+
+    told = devices("used", "used", "failed")
+    assert "used, failed" in told
+    assert "cuda:1 cannot be used: it is lost\ncuda:2 cannot be used: it is lost" in told
+    assert "cannot be used" not in devices("used")
+
+
 def test_status_shows_what_ranks_have_mapped_large_and_compute_by() -> None:
     def ranks(*large: int | None, **more: Any) -> str:
         listed = [{"replica": n, "tp": 0, "slot": n, "mapped_large": one} for n, one in enumerate(large)]

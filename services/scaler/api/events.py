@@ -46,6 +46,14 @@ KINDS: dict[str, EventKind] = {
     "operation_ended": EventKind(
         "An operation has ended; `reason` says why", _OP_ID | {"outcome": "`done`, `cancelled` or `aborted`"}
     ),
+    "device_failed": EventKind(
+        "The HMM cannot use a device; `reason` is its driver's. Nothing is planned with it",
+        {"device": "its name"},
+    ),
+    "loaded_without": EventKind(
+        "The HMM held nothing, and devices of the layout had failed: it is loaded without the replicas on them",
+        {"replicas": "such as `r1, r2`"},
+    ),
     "loss_refused": EventKind(
         "A lost device cannot be left out; nothing is served until the deployment is started again",
         {"code": "of the refusal: errors.md"},

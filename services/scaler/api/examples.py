@@ -147,6 +147,7 @@ EXAMPLES: dict[str, Any] = {
             {
                 "device": "host:0",
                 "state": "used",
+                "failure": "",
                 "attached": "rank-r0t0:105c73cc0c704e27",
                 "memory": _MEMORY,
                 "pages": 1016360960,
@@ -202,8 +203,8 @@ EXAMPLES: dict[str, Any] = {
         "standby_processes": 2,
         "num_devices": 3,
         "devices": [
-            ["host:0", "used", 0, "r0t0", True, 120, 6086742016, 747360256, 267386880, 1613824, 5070381056],
-            ["host:2", "free", None, None, False, 0, 6086742016, 0, 0, 0, 6086742016],
+            ["host:0", "used", 0, "r0t0", True, 120, 6086742016, 747360256, 267386880, 1613824, 5070381056, ""],
+            ["host:2", "free", None, None, False, 0, 6086742016, 0, 0, 0, 6086742016, ""],
         ],
         "ranks": [[0, 728, 650, 4, 0, 0]],
     },

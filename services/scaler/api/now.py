@@ -13,6 +13,7 @@ from elasticmoe.services.scaler.api.snapshot import (
     progress_view,
     seat_states,
     seats_shown,
+    state_of,
     wanted_replicas,
 )
 
@@ -111,7 +112,7 @@ def _devices_of(snapshot: StatusSnapshot) -> dict[str, views.NowDevice]:
         process = ranks.get(seat.slot) if seat is not None else None
         rows[device.device] = views.NowDevice(
             device=device.device,
-            state=states.get(device.device, "free"),
+            state=state_of(device, states),
             slot=seat.slot if seat is not None else None,
             rank=str(seat.rank) if seat is not None else None,
             is_ready=process is not None and process.ready,
@@ -121,6 +122,7 @@ def _devices_of(snapshot: StatusSnapshot) -> dict[str, views.NowDevice]:
             kv=device.kv,
             other=device.other,
             free=device.free,
+            failure=device.failure,
         )
     return rows
 

@@ -14,7 +14,7 @@ from elasticmoe.services.scaler.policy.figures import Missing, Unknown
 def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
     """Prometheus text of the counters and of the snapshot."""
     registry = CollectorRegistry()
-    epoch, fence, serving, busy, experts, memory, large, blocks, standby, wanted = (
+    epoch, fence, serving, busy, experts, memory, large, failed, blocks, standby, wanted = (
         measure.gauge(registry) for measure in measures.SEEN
     )
     fence.set(snapshot.fence)
@@ -30,6 +30,7 @@ def render_metrics(snapshot: StatusSnapshot, meters: Meters) -> bytes:
             if nbytes is not None:  # no driver tells a total
                 memory.labels(device.device, state).set(nbytes)
         large.labels(device.device).set(device.large_pages)
+        failed.labels(device.device).set(bool(device.failure))
     leaders = [load for load in snapshot.loads.values() if load.rank.tp == 0]  # of a block, the others have parts
     free = sum(load.blocks_free for load in leaders)
     blocks.labels("free").set(free)

@@ -143,7 +143,8 @@ def devices_view(snapshot: StatusSnapshot) -> views.Devices:
         devices=[
             views.Device(
                 device=status.device,
-                state=states.get(status.device, "free"),
+                state=state_of(status, states),
+                failure=status.failure,
                 attached=status.attached,
                 memory=memory_view(status),
                 pages=status.pages,
@@ -289,8 +290,13 @@ def _other_seats(snapshot: StatusSnapshot) -> tuple[Seat, ...]:
     return (*leg.joining, *leg.leaving)
 
 
+def state_of(device: DeviceStatus, states: Mapping[str, views.DeviceState]) -> views.DeviceState:
+    """Of any device, by the `seat_states`."""
+    return states.get(device.device, "failed" if device.failure else "free")
+
+
 def seat_states(snapshot: StatusSnapshot) -> dict[str, views.DeviceState]:
-    """used, joining, leaving by device; devices without an entry are free."""
+    """used, joining, leaving by device; those without an entry no seat is on."""
     used = set(snapshot.layout.slots) if snapshot.layout else set()
     seats = snapshot.layout.seats if snapshot.layout else ()
     states: dict[str, views.DeviceState] = {seat.device: "used" for seat in seats}

@@ -21,7 +21,7 @@ from elasticmoe.services.scaler.operation.operation import (
 )
 from elasticmoe.services.scaler.store.resume import Resumed
 
-DeviceState = Literal["used", "joining", "leaving", "free"]
+DeviceState = Literal["used", "joining", "leaving", "free", "failed"]
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -96,7 +96,8 @@ class Device(msgspec.Struct, frozen=True):
     """One device."""
 
     device: Annotated[str, says("Its name", "host:0")]
-    state: Annotated[DeviceState, says("Whether the layout uses it")]
+    state: Annotated[DeviceState, says("Whether the layout uses it; `failed`: it does not, and could not")]
+    failure: Annotated[str, says("Why it cannot be used, as its driver says; empty: it can")]
     attached: Annotated[str | None, says("The process that has mapped its memory")]
     memory: Annotated[Memory, says("Its bytes")]
     pages: Annotated[int, says("Bytes of real memory behind its weights and KV")]
@@ -243,7 +244,7 @@ class NowDevice(msgspec.Struct, frozen=True, array_like=True):
     """A device with its memory in bytes, as a list."""
 
     device: Annotated[str, says("Its name", "host:0")]
-    state: Annotated[DeviceState, says("Whether the layout uses it")]
+    state: Annotated[DeviceState, says("As in /v1/devices")]
     slot: Annotated[int | None, says("Place on the bus of the rank on it")]
     rank: Annotated[str | None, says("Name of that rank", "r1t0")]
     is_ready: Annotated[bool, says("That rank's process can step")]
@@ -253,6 +254,7 @@ class NowDevice(msgspec.Struct, frozen=True, array_like=True):
     kv: Annotated[int, says("KV blocks, used or not")]
     other: Annotated[int, says("The rank's own")]
     free: Annotated[int, says("What is left of the budget")]
+    failure: Annotated[str, says("Why it cannot be used; empty: it can")]
 
 
 class NowRank(msgspec.Struct, frozen=True, array_like=True):

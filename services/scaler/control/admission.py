@@ -5,7 +5,7 @@ what is in force and in progress by the loop's thread. Longer than 400 lines, so
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from queue import Empty, Full, Queue
 
@@ -14,7 +14,6 @@ import msgspec
 from elasticmoe.common.capacity import Sizes, sizes_of
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
-from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.layout import Layout
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import (
@@ -31,7 +30,14 @@ from elasticmoe.services.scaler.actions import LeaveOut
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.audit_log import PlanMade, digest
 from elasticmoe.services.scaler.control.executor import Executor, Tell
-from elasticmoe.services.scaler.control.losses import lost_devices, lost_with, replicas_of
+from elasticmoe.services.scaler.control.losses import (
+    failure_of,
+    lost_devices,
+    lost_with,
+    needed_of,
+    replicas_of,
+    usable_devices,
+)
 from elasticmoe.services.scaler.operation.operation import (
     NO_CALLER,
     Accounting,
@@ -55,6 +61,7 @@ log = get_logger("scaler")
 
 ORDERS_MAX = 32
 ANSWER_S_MAX = 15.0
+_NAMED_MAX = 8
 REFUSE_S = 1.0  # what waits is refused so long before its client gives up
 
 
@@ -151,7 +158,8 @@ class Admission:
     def take(self, order: Order | CancelOperation, cluster: Cluster, *, ever_served: bool) -> Accepted:
         """Carry an order out, with what the hosts said last. Raises its refusal, or Later."""
         executor = self._executor
-        order = with_neighbours(order, cluster.in_force.committed) if isinstance(order, Order) else order
+        if isinstance(order, Order):
+            order = with_neighbours(order, cluster.in_force.committed, cluster.failed)
         if isinstance(order, CancelOperation):
             operation = cancelled(order.op_id, executor.operation, executor.ended, is_durable=executor.is_durable)
             if operation is not executor.operation:
@@ -243,15 +251,18 @@ class Admission:
         Unavailable."""
         layout, facts, memory = planned_from(cluster)
         sizes = sizes_of(self._spec, facts.granularity)
-        lost, named = self._lost(), target.devices or ()  # new replicas take a lost device where the order names it
-        known = (device.device for device in cluster.devices)
-        devices = tuple(name for name in known if name in named or hardware_of(name) not in lost)
+        lost, failed = self._lost(), cluster.failed
+        check_usable({name for name in target.devices or () if layout.seat_on(name) is None}, failed, layout)
+        devices = usable_devices(cluster, lost, target.devices or ())
         rates = Rates(copy_bytes_per_s=float(self._config.copy_limit))
         given = (layout, target, sizes, memory, devices, rates)
         try:
             plan = plan_way(*given)
         except (InvalidRequest, NotFound) as error:
-            raise UnprocessableTarget(error.message, code=error.code) from None
+            unused = [name for name in failed if layout.seat_on(name) is None][:_NAMED_MAX]
+            hint = f"; {', '.join(unused)} cannot be used" if unused and error.code == "too_few_devices" else ""
+            raise UnprocessableTarget(error.message + hint, code=error.code) from None
+        check_usable(needed_of(plan), failed, layout)
         planned, made = planned_of(plan, sizes), PlanMade(op_id, *given, digest(plan))
         return accept(order, op_id, plan, planned, self._clock.time(), lost), plan, made
 
@@ -323,18 +334,29 @@ def cancelled(op_id: str, current: Operation | None, ended: Sequence[Operation],
     raise NotFound(f"no operation {op_id}", code="unknown_operation")
 
 
-def with_neighbours(order: Order, layout: Layout | None) -> Order:
-    """An order to leave out lost devices, with the replicas whose devices are lost with them; other orders as they are.
-    Raises UnprocessableTarget `last_replica` where no replica would be left of that."""
+def check_usable(devices: Collection[str], failed: Mapping[str, str], layout: Layout) -> None:
+    """Raises UnprocessableTarget `driver_failed` where one of `devices` has failed. `failed`: why, by name."""
+    for name in sorted(failed.keys() & set(devices)):
+        raise UnprocessableTarget(failure_of(name, failed[name], layout), code="driver_failed")
+
+
+def with_neighbours(order: Order, layout: Layout | None, failed: Collection[str] = ()) -> Order:
+    """An order to leave out lost devices, with the replicas whose devices are lost with them, and those whose devices
+    have `failed`, from which nothing can be read either; other orders as they are.
+
+    Raises UnprocessableTarget `last_replica` where no replica would be left of that.
+    """
     target = order.target
     if layout is None or target is None or not target.is_lost or target.remove is None:
         return order
-    added = lost_with(target.remove, layout)
+    broken = replicas_of(seat for seat in layout.seats if seat.device in failed).difference(target.remove)
+    added = tuple(sorted({*broken, *lost_with({*target.remove, *broken}, layout)}))
     if not added:
         return order
     if replicas_of(layout.seats) <= {*target.remove, *added}:
         names = ", ".join(f"r{replica}" for replica in added)
-        text = f"{names} would be lost, too: devices on the same hardware. At least 1 replica must stay, 0 would"
+        text = f"{names} would be lost, too: devices on the same hardware, or failed ones"
+        text += ". At least 1 replica must stay, 0 would"
         raise UnprocessableTarget(text, code="last_replica")
     return msgspec.structs.replace(order, target=msgspec.structs.replace(target, remove=(*target.remove, *added)))
 

@@ -21,7 +21,6 @@ from elasticmoe.common.capacity import sizes_of
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.described import says
-from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.endpoints import ServerEnd
 from elasticmoe.common.model_spec import ModelSpec
 from elasticmoe.common.protocol.errors import DoesNotFit, ElasticMoEError
@@ -31,6 +30,7 @@ from elasticmoe.services.scaler.actions import CancelStuck, ScaleTo
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.admission import CancelOperation, Later, Order, Running, UnprocessableTarget
 from elasticmoe.services.scaler.control.executor import Tell
+from elasticmoe.services.scaler.control.losses import usable_devices
 from elasticmoe.services.scaler.observation import Load
 from elasticmoe.services.scaler.operation.operation import Request
 from elasticmoe.services.scaler.planning.plan import Rates, Target
@@ -167,11 +167,11 @@ class Autoscaler:
             steps=self._models.known,
             sizes=sizes_of(self._spec, facts.granularity),
             memory=memory,
-            devices=tuple(one.device for one in cluster.devices if hardware_of(one.device) not in lost),
+            devices=usable_devices(cluster, lost),
             rates=Rates(copy_bytes_per_s=float(self._config.copy_limit)),
             kv_handle_tokens=facts.kv.blocks_per_handle * self._config.block_size,
             step_tokens_max=self._config.max_tokens_per_step,
-            shares_cores=self._config.share_cores,
+            shares_cores=self._config.shares_cores,
             accepted=self._accepted,
             refused=self._refused,
         )

@@ -9,6 +9,7 @@ import msgspec
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.config import ScalerConfig
 from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.layout import Layout
 from elasticmoe.common.protocol.errors import ElasticMoEError, Fenced
 from elasticmoe.common.protocol.hmm import AbortLayout, CommitLayout, ReleaseLayout, SetMembership, StageLayout
 from elasticmoe.common.protocol.pool import StopRank
@@ -98,7 +99,9 @@ class Executor:
         self._exits: dict[int, str] = {}
         self._refused: Refused | None = None
         self._sent: dict[ActionKey, float] = {}
-        self._slots: frozenset[int] = frozenset()  # of the layout in force
+        self._layout: Layout | None = None  # the one in force
+        self._failed: frozenset[str] = frozenset()  # devices of which that was told
+        self._reduced: Layout | None = None  # the last one of which it was told that it has less than was in force
         self._advice = Advice()
 
     @property
@@ -167,7 +170,8 @@ class Executor:
     def decide(self, seen: Observation) -> tuple[Action, ...]:
         """Go on to the reconciler's next state, and journal it; what it asks for."""
         before, now = self.state, self._clock.monotonic()
-        self._slots = frozenset(seen.cluster.in_force.layout.slots)
+        self._layout = seen.cluster.in_force.layout
+        self._tell_failures(seen.cluster)
         step = reconcile(before, seen, now)
         self.state = step.state
         if is_notable(before, step) or self._advice.is_notable(step.state, seen, now):
@@ -193,6 +197,25 @@ class Executor:
             self._tell("operation_late", after.why, op_id=before.op_id, phase=before.phase)
         if after.mark != before.mark:
             self._changed(before, after)
+
+    def _tell_failures(self, cluster: Cluster) -> None:
+        """Once of each device: again where it has failed after an HMM could use it."""
+        failed = cluster.failed
+        for name in sorted(failed.keys() - self._failed):
+            log.error("device cannot be used", device=name, because=failed[name])
+            self._tell("device_failed", failed[name], device=name)
+        if cluster.phase is not None:
+            self._failed = frozenset(failed)
+
+    def _tell_left_out(self, loaded: Layout) -> None:
+        """Where less is loaded than was in force, once of each such layout."""
+        gone = [seat for seat in self._layout.seats if seat not in loaded.seats] if self._layout is not None else []
+        if gone and loaded != self._reduced:
+            self._reduced = loaded
+            replicas = ", ".join(sorted({f"r{seat.rank.replica}" for seat in gone}))
+            reason = f"its devices cannot be used, and layout {loaded.epoch} is loaded without it"
+            log.warning(reason, replicas=replicas)
+            self._tell("loaded_without", reason, replicas=replicas)
 
     def _ask_loads(self, cluster: Cluster, is_quiet: bool) -> dict[int, RankLoad]:
         committed = cluster.in_force.committed
@@ -285,7 +308,8 @@ class Executor:
 
     def _send_between_failpoints(self, action: Action) -> None:
         place = _PLACES.get(type(action))
-        if place is None or (isinstance(action, StartSeat) and action.seat.slot in self._slots):
+        slots = self._layout.slots if self._layout is not None else ()
+        if place is None or (isinstance(action, StartSeat) and action.seat.slot in slots):
             self._send(action)
             return
         failpoint(f"scaler.{place}.before")
@@ -297,6 +321,7 @@ class Executor:
         match action:
             case LoadLayout():
                 links.load(action.layout)
+                self._tell_left_out(action.layout)
             case StartSeat():
                 links.start(action.seat, action.epoch)
             case SetMembership() | CommitLayout() | ReleaseLayout() | AbortLayout():

@@ -7,8 +7,9 @@ what was in flight: the next observation says what is missing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from elasticmoe.common.layout import Seat
+from elasticmoe.common.layout import Layout, Seat
 from elasticmoe.common.protocol.errors import DoesNotFit
 from elasticmoe.common.protocol.hmm import SetMembership
 from elasticmoe.common.protocol.replies import Refused
@@ -17,10 +18,13 @@ from elasticmoe.services.scaler.actions import Action, AnnounceLayout, LoadLayou
 from elasticmoe.services.scaler.cluster import Cluster
 from elasticmoe.services.scaler.control.state import DeploymentPhase, State, Status
 from elasticmoe.services.scaler.observation import Observation, Step
+from elasticmoe.services.scaler.planning.reduction import without_failed
 
 FLIP_SECONDS_MAX = 5.0
 RELOAD_S = 60.0  # a driver may give memory back a while after its process has ended
 RELOAD_PAUSE_S = 0.5
+DEVICE_FAILED = "driver_failed"
+_Stepping = partial[Step[Status]]
 
 
 def begun(now: float, *, is_resumed: bool) -> Status:
@@ -31,19 +35,18 @@ def begun(now: float, *, is_resumed: bool) -> Status:
 
 def serve(state: State, seen: Observation, now: float) -> Step[Status]:
     """The next steps toward the layout in force."""
-    cluster, waiting = seen.cluster, _waiting(state)
+    cluster, waiting, keep = seen.cluster, _waiting(state), _keep(state)
     if cluster.phase is None:
-        return _step(waiting, "the HMM does not answer", reload=state.status.reload)
+        return keep(waiting, "the HMM does not answer")
     if cluster.phase == "failed":
-        text = "the HMM could not load the model"
-        return _make_room(state, cluster, now) or _step("failed", text, error=cluster.error, reload=state.status.reload)
+        helped = _make_room(state, seen, now) or _go_without(state, seen)
+        return helped or keep("failed", "the HMM could not load the model", error=cluster.error)
     if cluster.phase == "empty" and seen.load_refused is not None:
         return _step("failed", "what an earlier run has left is of other settings", error=seen.load_refused)
     if cluster.phase == "empty":
-        load = LoadLayout(cluster.in_force.layout)
-        return _step("loading", "the HMM holds nothing", load, reload=state.status.reload)
+        return _go_without(state, seen) or keep("loading", "the HMM holds nothing", LoadLayout(cluster.in_force.layout))
     if cluster.phase == "loading":
-        return _step("loading", "the HMM loads the model", reload=state.status.reload)
+        return keep("loading", "the HMM loads the model")
     if not cluster.pools_answer:
         return _step(waiting, "the worker pool does not answer")
     return _fill(state, seen) or _join(state, seen, now)
@@ -55,17 +58,51 @@ def _step(
     *actions: Action,
     error: Refused | None = None,
     reload: tuple[float, float] = (0.0, 0.0),
+    without: tuple[str, ...] = (),
 ) -> Step[Status]:
-    return Step(Status(phase, reason, error, reload), actions, reason)
+    return Step(Status(phase, reason, error, reload, without), actions, reason)
 
 
-def _make_room(state: State, cluster: Cluster, now: float) -> Step[Status] | None:
+def _keep(state: State) -> _Stepping:
+    """What makes a step that forgets nothing of the loads before."""
+    return partial(_step, reload=state.status.reload, without=state.status.without)
+
+
+def _to_load(state: State, seen: Observation) -> tuple[Layout, tuple[str, ...]]:
+    """The layout to load where the HMM holds nothing, and the failed devices that it leaves out. A deployment that
+    begins leaves none out: it has never had what it was asked for, and whoever starts it is told."""
+    cluster, operation = seen.cluster, state.operation
+    layout, epoch = cluster.in_force.layout, cluster.in_force.layout.epoch
+    if operation is not None and operation.plan is not None:
+        epoch = max(epoch, operation.plan.after.epoch)  # it must not take this layout for one of its own
+    if state.ever_served or seen.is_resumed:
+        left = without_failed(layout, cluster.failed, epoch + 1)
+        if left is not None:
+            return left, tuple(seat.device for seat in layout.seats if seat.device in cluster.failed)
+    return layout, ()
+
+
+def _go_without(state: State, seen: Observation) -> Step[Status] | None:
+    """Where the HMM holds nothing, and a device of the layout has failed, the others load what it had. None where none
+    has, where that has been tried, and where a load has failed of something else."""
+    error = seen.cluster.error
+    if error is not None and error.code != DEVICE_FAILED:
+        return None
+    layout, without = _to_load(state, seen)
+    if not without or (error is not None and set(without) <= set(state.status.without)):
+        return None
+    text = f"the HMM holds nothing, and {', '.join(without)} cannot be used: the rest of the layout is loaded"
+    return _step("loading", text, LoadLayout(layout), reload=state.status.reload, without=without)
+
+
+def _make_room(state: State, seen: Observation, now: float) -> Step[Status] | None:
     """What the HMM had no room to load may fit once the ranks have ended, where these hold memory that a predecessor
     of the HMM has made and nobody can take over (ADR 32). None where that is no help."""
+    cluster = seen.cluster
     if cluster.error is None or cluster.error.code != DoesNotFit.code:
         return None
     if not cluster.pools_answer:
-        return _step(_waiting(state), "the worker pool does not answer", reload=state.status.reload)
+        return _keep(state)(_waiting(state), "the worker pool does not answer")
     if ranks := cluster.ranks.values():
         stops = [StopSeat(rank.rank, rank.incarnation, is_lost=True) for rank in ranks]
         return _step(
@@ -73,14 +110,16 @@ def _make_room(state: State, cluster: Cluster, now: float) -> Step[Status] | Non
             "ranks hold memory that the HMM has lost and the load needs",
             *stops,
             reload=(now + RELOAD_S, now),
+            without=state.status.without,
         )
     until, at = state.status.reload
     if now >= until:
         return None
     if now < at:
-        return _step("loading", "the ranks' memory is not free yet", reload=(until, at))
-    load = LoadLayout(cluster.in_force.layout)
-    return _step("loading", "the ranks' memory is free", load, reload=(until, now + RELOAD_PAUSE_S))
+        return _keep(state)("loading", "the ranks' memory is not free yet")
+    layout, without = _to_load(state, seen)
+    reload = (until, now + RELOAD_PAUSE_S)
+    return _step("loading", "the ranks' memory is free", LoadLayout(layout), reload=reload, without=without)
 
 
 def _fill(state: State, seen: Observation) -> Step[Status] | None:

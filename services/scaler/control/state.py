@@ -19,12 +19,14 @@ DeploymentPhase = Literal["starting", "loading", "attaching", "serving", "degrad
 
 class Status(msgspec.Struct, frozen=True):
     """The deployment's phase, and why. `error` is set in the phase `failed`. `reload`: since ranks were ended to make
-    room for a load, or may have been before this scaler began, until when that is tried, and when next; else zeros."""
+    room for a load, or may have been before this scaler began, until when that is tried, and when next; else zeros.
+    `without`: failed devices that the latest load leaves out."""
 
     phase: DeploymentPhase
     reason: str
     error: Refused | None = None
     reload: tuple[float, float] = (0.0, 0.0)
+    without: tuple[str, ...] = ()
 
 
 class Orphans(msgspec.Struct, frozen=True):

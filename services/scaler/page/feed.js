@@ -315,8 +315,8 @@ function renewed(operation, { operation: name, progress: told }) {
   return { ...operation, phase, leg, elapsed_s, progress, figures };
 }
 
-function deviceOf([name, state, slot, rank, isReady, experts, budget, weights, kv, other, free]) {
-  return { name, state, slot, rank, isReady, experts, budget, weights, kv, other, free };
+function deviceOf([name, state, slot, rank, isReady, experts, budget, weights, kv, other, free, failure]) {
+  return { name, state, slot, rank, isReady, experts, budget, weights, kv, other, free, failure };
 }
 
 function rankOf([slot, blocksTotal, blocksFree, running, waiting, moving]) {

@@ -11,6 +11,7 @@ const STATES = {
   joining: ["busy", "joins"],
   leaving: ["warn", "leaves"],
   free: ["calm", "free"],
+  failed: ["bad", "failed"],
 };
 
 const compare = new Intl.Collator("en", { numeric: true }).compare;
@@ -102,7 +103,9 @@ class Tile {
       h("b", {}, device.name),
       device.rank === null ? null : h("span", { class: "rank" }, device.rank),
       badge(tone, words),
+      device.failure && device.state !== "failed" ? badge("bad", "failed") : null,
     );
+    this.element.title = device.failure;
     this.element.dataset.state = device.state;
     const used = usedShare(rank);
     this.#segments(device, used);
@@ -152,6 +155,7 @@ export function usedShare(rank) {
 }
 
 function loadWords(device, rank) {
+  if (device.state === "failed") return "cannot be used: see Health";
   if (device.rank === null) return "no rank";
   if (!device.isReady) return "its process is not ready";
   if (rank === undefined) return "has not told its load lately";

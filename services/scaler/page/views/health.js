@@ -20,6 +20,8 @@ const FAULTS = [
   "rank_ejected",
   "rank_ended",
   "operation_late",
+  "device_failed",
+  "loaded_without",
   "loss_refused",
   "policy_refused",
   "policy_unreadable",
@@ -43,7 +45,17 @@ function build() {
     patch(element, make());
   }
 
-  function update({ now, policy, layout, processes: launched, events, isPastTold, eventsRefused, connection }) {
+  function update({
+    now,
+    devices,
+    policy,
+    layout,
+    processes: launched,
+    events,
+    isPastTold,
+    eventsRefused,
+    connection,
+  }) {
     const [tone, meaning] = MEANINGS[now.phase] ?? ["calm", ""];
     draw("lead", lead, [now.phase, now.reason, now.error], () => [
       h("p", {}, badge(tone, now.phase), ` ${now.reason}`),
@@ -51,13 +63,14 @@ function build() {
       now.error === null ? null : h("p", { class: "refused" }, `${now.error.code}: ${now.error.message}`),
     ]);
     const silent = policy?.load?.silent ?? null;
+    const failed = [...devices.values()].filter((device) => device.failure);
     draw(
       "parts",
       parts,
-      [now, silent, connection.state].map((part) =>
+      [now, silent, failed, connection.state].map((part) =>
         part?.cursor ? { ...part, cursor: "", devices: 0, ranks: 0 } : part,
       ),
-      () => table("Who answers", ["part", "state", "what that means"], rows(now, silent, connection)),
+      () => table("Who answers", ["part", "state", "what that means"], rows(now, silent, failed, connection)),
     );
     draw("processes", processes, launched, () => processList(launched));
     draw("ranks", ranks, layout?.ranks, () => rankTable(layout));
@@ -81,7 +94,7 @@ function build() {
   };
 }
 
-function rows(now, silent, connection) {
+function rows(now, silent, failed, connection) {
   const answers = (is) =>
     is === null ? badge("calm", "not known") : is ? badge("ok", "answers") : badge("bad", "silent");
   const quiet =
@@ -97,6 +110,17 @@ function rows(now, silent, connection) {
       `fencing epoch ${now.fence}: it grows with each restart. While none runs, serving goes on and nothing is scaled`,
     ],
     ["HMM", answers(now.hmm_answers), "owns weights and KV; while it is silent ranks serve on, and nothing is scaled"],
+    [
+      "devices",
+      now.num_devices === null
+        ? badge("calm", "not known")
+        : failed.length
+          ? badge("bad", `failed: ${failed.map(({ name }) => name).join(", ")}`)
+          : badge("ok", "all can be used"),
+      failed.length
+        ? failed.map(({ name, failure }) => `${name}: ${failure}`).join("; ")
+        : "one that its driver has given up takes no replica",
+    ],
     [
       "worker pool",
       answers(now.pool_answers),
@@ -169,7 +193,7 @@ function faultList(found, isPastTold, fence, refused) {
         .map(({ id, event }) => [
           h("a", { href: `#/events/${id}` }, clock(event.time_unix)),
           event.kind.replaceAll("_", " "),
-          event.facts.rank ?? event.facts.op_id ?? "",
+          event.facts.rank ?? event.facts.device ?? event.facts.replicas ?? event.facts.op_id ?? "",
           event.reason,
         ]),
     ),

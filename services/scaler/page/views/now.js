@@ -123,10 +123,12 @@ function build({ store, feed }) {
       wanted === ""
         ? all
         : all.filter((device) => `${device.name} ${device.rank ?? ""} ${device.state}`.toLowerCase().includes(wanted));
-    const used = all.filter((device) => device.state !== "free").length;
+    const free = all.filter((device) => device.state === "free").length;
+    const failed = all.filter((device) => device.state === "failed").length;
     setText(
       count,
-      `${plural(all.length, "device")}: ${used} used, ${all.length - used} free` +
+      `${plural(all.length, "device")}: ${all.length - free - failed} used, ${free} free` +
+        (failed ? `, ${failed} failed` : "") +
         (found.length < all.length ? `; ${found.length} shown` : ""),
     );
     tiles.update(found, state.ranks);
