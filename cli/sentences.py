@@ -22,6 +22,8 @@ _SENTENCES = {
     "operation_cancel": "operation {op_id} is cancelled: {reason}",
     "operation_gives_way": "operation {op_id} gives way to another one: {reason}",
     "operation_ended": "operation {op_id} has ended, {outcome}: {reason}",
+    "device_failed": "device {device} cannot be used: {reason}",
+    "loaded_without": "the layout is loaded without {replicas}: {reason}",
     "loss_refused": "a lost device cannot be left out ({code}): {reason}",
     "policy": "the policy ({mode}), at {replicas}: {reason}, target {target}",
     "policy_set": "the policy is changed, mode {mode}: {reason}",

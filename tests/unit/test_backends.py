@@ -211,7 +211,7 @@ def test_a_mirrored_backend_computes_what_its_own_does(make: Callable[[torch.dty
     captured: that is seen in deployments."""
     inner = {name for name in vars(ComputeBackend) if not name.startswith("_")}
     left = inner - {*MADE, *vars(MirroredBackend)}
-    assert left == {"computes_by", "empty", "mirror", "fence", "section", "warming_up"}
+    assert left == {"computes_by", "use_threads", "empty", "mirror", "fence", "section", "warming_up"}
     compute, x_NH = make(torch.bfloat16), random_of(3, HIDDEN)
     mirrored = MirroredBackend(open_backend("torch"))
     assert torch.equal(compute(mirrored, x_NH), compute(open_backend("torch"), x_NH))

@@ -45,7 +45,9 @@ FLAGS = {
 def same(text: str, setting: str) -> bool:
     """Whether a page's `text` is the setting's default, `empty` for an empty one."""
     value = DEFAULTS[setting]
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return text.strip("`") == str(value).lower()
+    if isinstance(value, int | float):
         return float(text) == value
     return text.strip("`") == (str(value) or "empty")
 
