@@ -26,13 +26,13 @@ def defaults_of(given: Mapping[str, Any], *, has_products: bool | None = None) -
     if str(given.get("devices", "host")).startswith("host"):
         values["replicas"] = 1
         if given.get("compute", "auto") in ("auto", "host"):  # others have one thread, and do not gain by rounding
-            values |= {} if is_true(given.get("pin_cores", False)) else {"share_cores": True}
+            values |= {} if _is_true(given.get("pin_cores", False)) else {"share_cores": True}
             is_bfloat16 = given.get("dtype", "bfloat16") == "bfloat16"
             if is_bfloat16 and (multiplies_bfloat16() if has_products is None else has_products):
                 values["activations"] = "bfloat16"
     return {name: value for name, value in values.items() if name not in given}
 
 
-def is_true(value: object) -> bool:
+def _is_true(value: object) -> bool:
     """Whether a flag that stands in a file or the environment is set, however it is spelt there."""
     return value is True or str(value).lower() in ("true", "1")

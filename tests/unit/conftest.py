@@ -15,6 +15,7 @@ import elasticmoe.common.store
 from elasticmoe.common.devices.rules import PROCESS, ProcessRules
 from elasticmoe.common.store import Store
 from elasticmoe.native import kernels
+from tests.devices import standins
 from tests.unit.stores import Server
 
 if TYPE_CHECKING:
@@ -55,6 +56,19 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     kernels.use_instruction_set(request.param)
     yield request.param
     kernels.use_instruction_set(kernels.instruction_sets()[0])
+
+
+@pytest.fixture(params=standins.KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Of accelerators, on the stand-in of their driver."""
+    return str(request.param)
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The memory of all stand-in devices of the test."""
+    with standins.memory(monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture

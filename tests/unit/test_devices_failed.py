@@ -21,17 +21,6 @@ PAGE = standins.GRANULARITY
 LOST = {"npu": "507010, ACL_ERROR_RT_LOST_HEARTBEAT", "cuda": "709, "}
 
 
-@pytest.fixture(params=standins.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with standins.memory(monkeypatch) as made:
-        yield made
-
-
 class Mapped:
     """A device of a process, with a page that is mapped."""
 

@@ -29,17 +29,6 @@ NAMES = {
 }
 
 
-@pytest.fixture(params=standins.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with standins.memory(monkeypatch) as made:
-        yield made
-
-
 def opened(kind: str, folder: Path, index: int, *defines: str, budget: int = 0) -> Device:
     """A device of one more process."""
     process = standins.process(kind, folder, *defines)

@@ -3,7 +3,6 @@ on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,12 +27,6 @@ def told(error: DeviceError | Refused) -> tuple[str, str]:
 def refused(one: str, other: str, kind: str = "cuda") -> tuple[str, str]:
     """Code and text where `one` has no access to `other`."""
     return "no_peer_access", TEXT.format(one, other, WAYS_OUT[kind])
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with standins.memory(monkeypatch) as made:
-        yield made
 
 
 def opened(kind: str, folder: Path, *names: str) -> list[Device]:

@@ -31,17 +31,6 @@ pytestmark = pytest.mark.slow
 DEVICE_BYTES = 256 << 20
 
 
-@pytest.fixture(params=standins.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with standins.memory(monkeypatch) as made:
-        yield made
-
-
 @pytest.fixture
 def process(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> type[AcceleratorDevice]:
     """The driver of the first HMM's process; its `host:N` are devices of the kind."""

@@ -86,17 +86,6 @@ class MailboxWorld(World):
         super().close()
 
 
-@pytest.fixture(params=standins.KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    with standins.memory(monkeypatch) as made:
-        yield made
-
-
 @pytest.fixture
 def world(
     kind: str, folder: Path, tiny_mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
