@@ -98,7 +98,10 @@ def _check_text(key: str, value: Any) -> None:
 
 
 def _check_bounds(config: Common, names: Mapping[str, str]) -> None:
-    """Raises ConfigError for bounds of the policy that contradict one another."""
+    """Raises ConfigError for bounds of the policy, or settings of cores, that contradict one another."""
+    if isinstance(config, PoolConfig) and config.share_cores and config.pin_cores:
+        share, pin = (names.get(name, name) for name in ("share_cores", "pin_cores"))
+        raise ConfigError(f"{share} and {pin} are both true: a rank that is pinned to one core has no part of others")
     if isinstance(config, ScalerConfig) and config.replicas_min > config.replicas_max:
         least, most = (names.get(name, name) for name in ("replicas_min", "replicas_max"))
         raise ConfigError(f"{least} is {config.replicas_min}, above {most}, which is {config.replicas_max}")

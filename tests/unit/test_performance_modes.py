@@ -57,6 +57,15 @@ def test_every_service_reads_the_same_of_a_mode(monkeypatch: pytest.MonkeyPatch)
     assert (load(ScalerConfig).replicas, load(ScalerConfig).max_tokens_per_step) == (2, 512)
 
 
+def test_cores_are_shared_or_pinned_and_not_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ELASTICMOE_PIN_CORES", "true")
+    monkeypatch.setenv(MODE, "throughput")
+    assert not load(PoolConfig).share_cores
+    monkeypatch.setenv("ELASTICMOE_SHARE_CORES", "true")
+    with pytest.raises(ConfigError, match="ELASTICMOE_SHARE_CORES and ELASTICMOE_PIN_CORES are both true"):
+        load(PoolConfig)
+
+
 def test_a_mode_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MODE, "fastest")
     for kind in (ScalerConfig, PoolConfig):
