@@ -258,7 +258,7 @@ class HmmConfig(Common, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ] = 4096
     large_pages: Annotated[
         bool,
-        _is("Put weights and KV of `host` devices into large pages in the background, where the kernel lets it"),
+        _is("Put weights and KV of `host` devices into large pages, where the kernel lets it"),
     ] = True
 
 

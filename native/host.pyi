@@ -49,6 +49,13 @@ class Reservation:
         An advice: False where the kernel does not support it, or could not do it for this memory now.
         """
 
+    def make_large(self, offset: int, nbytes: int, large_bytes: int) -> bool:
+        """Make pages of ``large_bytes`` (the kernel's huge ones) behind a writable part of which nothing is there yet, as zeros.
+
+        Both ends are multiples of it, as addresses and as places in the file. False where the kernel could not, or does not
+        support it: then some pages may be there, large or small. ``OSError`` with ``ENOMEM`` as ``allocate`` raises it. Blocks.
+        """
+
     def close(self) -> None:
         """Unmap everything and give the range back. May be called again. Later ``map`` calls raise ``ValueError``."""
 

@@ -51,8 +51,8 @@ __all__ = ["Completion", "Device", "FdToken", "Handle", "KeyToken", "ProcessRule
 class Device(Handles):
     """One device's memory, as this process uses it: handles (handles.py), ranges, and what is done with the bytes.
 
-    Belongs to one thread at a time, but for reading, writing, copying, checksums and `collapse`, which any thread may
-    do with memory that stays mapped meanwhile. Nothing here blocks for long except where it says so.
+    Belongs to one thread at a time, but for reading, writing, copying, checksums, `collapse` and `make_large`: any
+    thread may do these with memory that stays mapped meanwhile. Nothing here blocks for long but where it says so.
     """
 
     @classmethod
@@ -183,11 +183,31 @@ class Device(Handles):
         self._check_range(range_)
         if not self.large_page_bytes:
             return True
+        self._check_large(range_, offset, nbytes)
+        return self._collapse(range_, offset, nbytes)
+
+    def make_large(self, range_: Range, offset: int, nbytes: int) -> bool:
+        """Make a part of claimed handles in large pages, as zeros, both ends at multiples of `large_page_bytes`; it is
+        mapped to be written, and nothing of it has been made. `populate` or `write` has still to be called for it, and
+        finds most of its work done. Blocks; any thread. Whether all of it is made so: the kernel may refuse for any
+        reason, and a backend whose pages are never small has nothing to do.
+
+        Raises DoesNotFit where the machine's memory is short; DeviceError not_claimed, not_granular, not_mapped,
+        out_of_range, read_only.
+        """
+        self._check_range(range_)
+        if not self.large_page_bytes:
+            return True
+        self._check_large(range_, offset, nbytes, writable=True)
+        for handle, _, _ in self._rules.parts(range_.address(offset), nbytes):
+            self._check_claimed(handle, 0, handle.nbytes)
+        return self._make_large(range_, offset, nbytes)
+
+    def _check_large(self, range_: Range, offset: int, nbytes: int, *, writable: bool = False) -> None:
         if offset % self.large_page_bytes or nbytes % self.large_page_bytes:
             text = f"[{offset}, {offset + nbytes}) does not end at multiples of {self.large_page_bytes}"
             raise self._broken(text, code="not_granular")
-        self._rules.check_mapped(range_.address(offset), nbytes)
-        return self._collapse(range_, offset, nbytes)
+        self._rules.check_mapped(range_.address(offset), nbytes, writable=writable)
 
     def wrap(
         self, range_: Range, offset: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, dtype: str
@@ -322,6 +342,9 @@ class Device(Handles):
 
     def _collapse(self, range_: Range, offset: int, nbytes: int) -> bool:  # noqa: ARG002
         return True  # asked only where `large_page_bytes` is set
+
+    def _make_large(self, range_: Range, offset: int, nbytes: int) -> bool:  # noqa: ARG002
+        return True  # as above
 
     @abstractmethod
     def _reserve(self, nbytes: int) -> tuple[int, Any]: ...

@@ -35,8 +35,8 @@ from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
 from elasticmoe.common.wording import size
 from elasticmoe.native import host
 
-# Memory that nobody has touched is written through its file from here on: mapping its pages first, one by one, would
-# take twice as long. What was touched costs the same either way.
+# Memory in small pages that nobody has touched is written through its file from here on: to map them first, one by one,
+# would take twice as long. What was touched costs the same either way; what was made in large pages is mapped.
 _THROUGH_FILE_BYTES = 256 << 10
 _STAGED_BYTES = 1 << 20  # of a file, on their way to memory; they stay in the processor's cache
 
@@ -91,6 +91,7 @@ class HostDevice(Device):
         super().__init__(name, granularity, budget, rules=rules)
         self._files: dict[str, _File] = {space: _File(fd) for space, fd in (descriptors or {}).items()}
         self._imported: dict[Hashable, _Import] = {}
+        self._large: set[int] = set()  # addresses of large pages that `make_large` has mapped
 
     @classmethod
     def check(cls, index: int) -> None:
@@ -261,10 +262,30 @@ class HostDevice(Device):
             range_.backing.unmap(offset, nbytes)
         except OSError as error:
             raise DeviceError(f"{self.name}: {nbytes} bytes cannot be unmapped: {error.strerror}") from None
+        self._large.difference_update(self._large_pages(range_.address(offset), nbytes))
 
     def _collapse(self, range_: Range, offset: int, nbytes: int) -> bool:
         reservation: host.Reservation = range_.backing
         return reservation.collapse(offset, nbytes)
+
+    def _make_large(self, range_: Range, offset: int, nbytes: int) -> bool:
+        reservation: host.Reservation = range_.backing
+        self._check_group(nbytes)
+        try:
+            is_made = reservation.make_large(offset, nbytes, self.large_page_bytes)
+        except OSError as error:
+            raise self._no_memory(nbytes, error) from None
+        if is_made:
+            self._large.update(self._large_pages(range_.address(offset), nbytes))
+        return is_made
+
+    def _large_pages(self, address: int, nbytes: int) -> range:
+        """The addresses of those that would hold these bytes."""
+        large = self.large_page_bytes
+        return range(address // large * large, address + nbytes, large)
+
+    def _is_mapped_quickly(self, address: int, nbytes: int) -> bool:
+        return nbytes < _THROUGH_FILE_BYTES or self._large.issuperset(self._large_pages(address, nbytes))
 
     def _storage(self, range_: Range, offset: int, nbytes: int) -> Any:
         return storage_at(range_.address(offset), self.open_torch(), nbytes)
@@ -275,7 +296,7 @@ class HostDevice(Device):
         return DONE
 
     def _read_into(self, address: int, fd: int, file_offset: int, nbytes: int) -> None:
-        if nbytes < _THROUGH_FILE_BYTES:
+        if self._is_mapped_quickly(address, nbytes):
             host.read_into(fd, file_offset, address, nbytes)
             return
         buffer = (ctypes.c_char * min(nbytes, _STAGED_BYTES))()
@@ -285,10 +306,10 @@ class HostDevice(Device):
             self._write_to_files(address + done, memoryview(buffer).cast("B")[:num])
 
     def _write_bytes(self, address: int, data: memoryview) -> None:
-        if len(data) >= _THROUGH_FILE_BYTES:
-            self._write_to_files(address, data)
-        else:
+        if self._is_mapped_quickly(address, len(data)):
             memoryview((ctypes.c_char * len(data)).from_address(address)).cast("B")[:] = data
+        else:
+            self._write_to_files(address, data)
 
     def _write_to_files(self, address: int, data: memoryview) -> None:
         for handle, offset, nbytes in self._rules.parts(address, len(data)):

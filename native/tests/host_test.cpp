@@ -219,3 +219,15 @@ TEST(collapse_is_an_advice) {
   (void)range.collapse(0, kHuge);  // either answer is right; the content must stay
   CHECK(at(range.base())[kHuge - 1] == 5);
 }
+
+TEST(large_pages_are_made_of_nothing) {
+  constexpr uint64_t kHuge = 2 << 20;
+  SharedMemory file(2 * kHuge);
+  Reservation range(2 * kHuge, kHuge);
+  range.map({{0, file.fd(), 0, 2 * kHuge}}, true, false);
+  (void)range.make_large(kHuge, kHuge, kHuge);  // either answer is right
+  CHECK(at(range.base())[kHuge] == 0 && at(range.base())[2 * kHuge - 1] == 0);
+  CHECK(allocated_bytes(file.fd()) <= kHuge);
+  CHECK_THROWS(std::invalid_argument, range.make_large(kPage, kHuge, kHuge));
+  CHECK_THROWS(std::invalid_argument, range.make_large(0, kHuge, 3 * kPage));
+}

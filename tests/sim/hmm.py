@@ -32,6 +32,7 @@ from elasticmoe.services.hmm.memory.transfer import ClaimedPart, Peaks, Supply
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.service import Hmm as HmmService
 from elasticmoe.services.hmm.transition.transition import Transitions
+from tests.claims import make_kv, make_record
 from tests.sim.barrier import Bus
 from tests.sim.heap import Actor
 from tests.sim.hmm_ends import Attachments, Background, Copies, Parking, Server
@@ -95,9 +96,9 @@ class Hmm(Actor):
         for seat in load.layout.seats:
             memory = self.memories[seat.device]
             for key in keys_on(load.layout, seat.slot):
-                memory.create_record(key, self._sizes.of(key))
+                make_record(memory, key, self._sizes.of(key))
             for _ in range(kv_handles):
-                memory.create_kv(PAGE)
+                make_kv(memory, PAGE)
             memory.ledger = memory.claim_ledger(size_ledger(load, PAGE).nbytes)
         footprint = max(sum(memory.device.used.values()) for memory in self.memories.values())
         self.loaded = Loaded(load, self.spec, GEOMETRY, PAGE, load.layout, "memory", footprint, kv_handles, "")

@@ -299,6 +299,31 @@ def test_large_pages_are_asked_for_mapped_memory_in_whole_ones(world: World) -> 
         assert world.owner.collapse(range_, 0, nbytes)
 
 
+def test_claimed_memory_is_made_in_large_pages_and_is_zeros(world: World) -> None:
+    large = world.owner.large_page_bytes
+    nbytes = 2 * (large or PAGE)
+    range_ = world.owner.reserve(2 * nbytes)
+    handle = world.owner.claim(nbytes, "kv")
+    if large:
+        refuses("not_mapped", lambda: world.owner.make_large(range_, 0, nbytes))
+    world.owner.map(range_, 0, handle, True)
+    is_made = world.owner.make_large(range_, 0, nbytes)  # True or False, as the kernel likes
+    refuses("not_populated", lambda: world.owner.settle(handle))
+    world.owner.populate(handle, 0, nbytes)
+    world.owner.settle(handle)
+    assert world.owner.read_bytes(range_.base, nbytes) == bytes(nbytes)
+    assert world.owner.pages == nbytes
+    if large:
+        refuses("not_claimed", lambda: world.owner.make_large(range_, 0, nbytes))
+        refuses("not_granular", lambda: world.owner.make_large(range_, 4096, large))
+        refuses("out_of_range", lambda: world.owner.make_large(range_, nbytes, 2 * nbytes))
+    else:
+        assert is_made
+    world.owner.unmap(range_, 0)
+    world.owner.release(handle)
+    assert world.owner.pages == 0
+
+
 def test_tokens_that_name_no_memory_are_refused(world: World) -> None:
     token = world.owner.export(world.local())
     bad: list[Token]

@@ -21,6 +21,7 @@ from elasticmoe.services.hmm.memory import large_pages
 from elasticmoe.services.hmm.memory.large_pages import LargePages
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 from elasticmoe.services.hmm.memory.transfer import Supply
+from tests.claims import make_kv, make_record
 
 PAGE = 4096
 LARGE = 2 << 20
@@ -33,11 +34,11 @@ def memory() -> Iterator[DeviceMemory]:
     """What a device holds that was loaded: a layer's record, its experts, KV."""
     device = open_device("host:0", PAGE, 64 << 20, rules=ProcessRules())
     made = DeviceMemory(device)
-    made.create_record(RecordKey("layer", 0), 3 * PAGE)
+    make_record(made, RecordKey("layer", 0), 3 * PAGE)
     for expert in range(NUM):
-        made.create_record(RecordKey("expert", 0, expert), EXPERT)
+        make_record(made, RecordKey("expert", 0, expert), EXPERT)
     for _ in range(2):
-        made.create_kv(LARGE + PAGE)
+        make_kv(made, LARGE + PAGE)
     for number, handle in enumerate((*made.records.values(), *made.kv)):
         device.write_bytes(made.address(handle), bytes([number + 1]) * handle.nbytes)
     yield made

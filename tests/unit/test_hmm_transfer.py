@@ -35,6 +35,7 @@ from elasticmoe.services.hmm.memory import blocks as blocks_module
 from elasticmoe.services.hmm.memory.blocks import BlockCopies, check_ranks
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 from elasticmoe.services.hmm.memory.transfer import HandlePart, Peaks, Supply, Transfer
+from tests.claims import make_kv, make_record
 from tests.clocks import PlayedClock
 from tests.devices.backends import granularity
 from tests.unit.specs import tiny_mixtral_spec
@@ -78,7 +79,7 @@ def sources(memory: DeviceMemory, count: int) -> list[Handle]:
     """Records with some content."""
     for number in range(count):
         key = RecordKey("expert", 0, number)
-        memory.create_record(key, RECORD)
+        make_record(memory, key, RECORD)
         memory.device.write_bytes(memory.address(memory.records[key]), bytes([number + 1]) * RECORD)
     return list(memory.records.values())
 
@@ -202,7 +203,8 @@ def test_a_machine_without_memory_fails_the_transfer_and_all_is_given_back(
     for memory in memories.values():
         assert (memory.device.pages, memory.device.free) == (0, memory.device.budget)
         assert memory.device.check_integrity() == []
-    assert 0 < sum(supply.peaks.by_device.values()) <= 3 * RECORD
+    most = (3 + 2) * RECORD  # each thread has made the large page of what failed
+    assert 0 < sum(supply.peaks.by_device.values()) <= most
 
 
 def test_kv_is_claimed_where_its_rank_will_map_it(
@@ -219,11 +221,12 @@ def test_kv_is_claimed_where_its_rank_will_map_it(
     holdings: Any = SimpleNamespace(memories=memories, granularity=4096)
     loaded: Any = SimpleNamespace(kv=KvGeometry(16, RECORD, RECORD, 1, RECORD))
     supply = Supply(holdings, background)
-    memory.create_kv(RECORD)
+    make_kv(memory, RECORD)
     supply._claims.append(HandlePart(memory, memory.claim(RECORD, "mailbox")))  # comes first, and is no KV
     for _ in range(2):
         supply.claim_kv(memory, 2, loaded)
-    assert asked == [0, *(number * RECORD for number in range(1, 5))]
+    mailbox = 0
+    assert asked == [0, mailbox, *(number * RECORD for number in range(1, 5))]
 
 
 def test_a_claim_beyond_the_budget_is_refused(memories: dict[str, DeviceMemory]) -> None:
@@ -248,7 +251,7 @@ def request(*pairs: tuple[int, int], source: int = 0, target: int = 1, until: fl
 def with_kv(memories: dict[str, DeviceMemory]) -> tuple[DeviceMemory, DeviceMemory]:
     for name in ("host:0", "host:1"):
         for _ in range(2):
-            memories[name].create_kv(KV_HANDLE)
+            make_kv(memories[name], KV_HANDLE)
     return memories["host:0"], memories["host:1"]
 
 

@@ -99,6 +99,8 @@ def test_a_mapping_outlives_its_descriptor(space):
     os.close(fd)
     assert bytes_at(space.base, 4) == b"kept"
     assert isinstance(space.collapse(0, PAGE), bool)
+    with pytest.raises(ValueError, match="multiples of a large page"):
+        space.make_large(0, PAGE, 3 * PAGE)
 
 
 def test_pages_are_taken_and_given_back(fd):

@@ -58,6 +58,17 @@ void bind_reservation(nb::module_& module) {
             return self.collapse(natural("offset", offset), natural("nbytes", nbytes));
           },
           "offset"_a, "nbytes"_a)
+      .def(
+          "make_large",
+          [](Reservation& self, int64_t offset, int64_t nbytes, int64_t large_bytes) {
+            bool is_large = false;
+            without_gil([&] {
+              is_large =
+                  self.make_large(natural("offset", offset), natural("nbytes", nbytes), natural("large_bytes", large_bytes));
+            });
+            return is_large;
+          },
+          "offset"_a, "nbytes"_a, "large_bytes"_a)
       .def("close", [](Reservation& self) {
         nb::gil_scoped_release released;
         self.close();

@@ -35,16 +35,7 @@ void require_room(int fd, uint64_t nbytes) {
   constexpr uint64_t kSmall = 1 << 20;
   struct statfs filesystem;
   if (nbytes < kSmall || fstatfs(fd, &filesystem) != 0 || filesystem.f_type != TMPFS_MAGIC) return;
-  std::ifstream meminfo("/proc/meminfo");
-  std::string key;
-  uint64_t kib = 0;
-  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
-    if (key == "MemAvailable:") break;
-  }
-  if (key == "MemAvailable:" && nbytes / 1024 > kib) {
-    throw_errno(ENOMEM, "allocating " + std::to_string(nbytes) + " bytes of memory where " + std::to_string(kib) +
-                            " KiB are available");
-  }
+  require_available(nbytes);
 }
 
 // One request reads at most this much, so that signals are seen now and then.
@@ -55,6 +46,19 @@ constexpr uint64_t kReadChunk = 64ULL << 20;
 uint64_t page_bytes() {
   static const auto value = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
   return value;
+}
+
+void require_available(uint64_t nbytes) {
+  std::ifstream meminfo("/proc/meminfo");
+  std::string key;
+  uint64_t kib = 0;
+  for (std::string unit; meminfo >> key >> kib; std::getline(meminfo, unit)) {
+    if (key == "MemAvailable:") break;
+  }
+  if (key == "MemAvailable:" && nbytes / 1024 > kib) {
+    throw_errno(ENOMEM, "allocating " + std::to_string(nbytes) + " bytes of memory where " + std::to_string(kib) +
+                            " KiB are available");
+  }
 }
 
 void allocate(int fd, uint64_t offset, uint64_t nbytes) {

@@ -12,6 +12,9 @@ uint64_t page_bytes();
 // be called again, so that the caller gets to handle the signal.
 void allocate(int fd, uint64_t offset, uint64_t nbytes);
 
+// Throws ENOMEM where the machine has not so much memory available now.
+void require_available(uint64_t nbytes);
+
 // Whether all pages are gone. The kernel only clears its part of a large page that it cannot split at this moment
 // (mm/truncate.c, truncate_inode_partial_folio): somebody is touching the rest. Another call may succeed. Moves the
 // file's position.

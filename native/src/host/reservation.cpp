@@ -22,6 +22,9 @@ constexpr int kReserveFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 
 // A mapping past the end of its file would kill whoever touches it (SIGBUS). Remembers the last file it asked about, as
 // many parts come from one file.
@@ -127,11 +130,27 @@ void Reservation::unmap(uint64_t offset, uint64_t nbytes) {
   live_.erase(found);
 }
 
-bool Reservation::collapse(uint64_t offset, uint64_t nbytes) {
+void Reservation::check_advised(uint64_t offset, uint64_t nbytes) const {
   require(base_ != 0, "the reservation is closed");
   require(nbytes > 0 && is_aligned(offset, page_bytes()) && is_aligned(nbytes, page_bytes()),
           "offset and nbytes must be multiples of the page size, nbytes not zero");
   require(checked_add(offset, nbytes) <= nbytes_, "part passes the end of the reservation");
+}
+
+bool Reservation::collapse(uint64_t offset, uint64_t nbytes) {
+  check_advised(offset, nbytes);
+  return madvise(pointer(base_ + offset), nbytes, MADV_COLLAPSE) == 0;
+}
+
+bool Reservation::make_large(uint64_t offset, uint64_t nbytes, uint64_t large_bytes) {
+  check_advised(offset, nbytes);
+  require(is_power_of_two(large_bytes) && is_aligned(base_ + offset, large_bytes) && is_aligned(nbytes, large_bytes),
+          "both ends must be multiples of a large page, which is a power of two");
+  require_available(nbytes);
+  // A collapse makes what is missing of a large page, as zeros, but refuses where nothing of it is there.
+  for (uint64_t at = offset; at < offset + nbytes; at += large_bytes) {
+    if (madvise(pointer(base_ + at), page_bytes(), MADV_POPULATE_WRITE) != 0) return false;
+  }
   return madvise(pointer(base_ + offset), nbytes, MADV_COLLAPSE) == 0;
 }
 

@@ -29,12 +29,16 @@ class Reservation {
   // All parts or none.
   void map(const std::vector<MapPart>& parts, bool writable, bool populate);
   void unmap(uint64_t offset, uint64_t nbytes);
+  // An advice: whether all of it lies in large pages now. What is there stays.
   bool collapse(uint64_t offset, uint64_t nbytes);
+  // Of a writable part of which nothing is there. Where it is false, some may be, in pages of any size.
+  bool make_large(uint64_t offset, uint64_t nbytes, uint64_t large_bytes);
   std::vector<std::pair<uint64_t, uint64_t>> mapped() const { return {live_.begin(), live_.end()}; }
   void close() noexcept;
 
  private:
   void check_part(const MapPart& part) const;
+  void check_advised(uint64_t offset, uint64_t nbytes) const;
   void insert(uint64_t offset, uint64_t nbytes);
   bool try_make_inaccessible(uint64_t offset, uint64_t nbytes) const;
 

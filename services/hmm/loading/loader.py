@@ -14,6 +14,7 @@ from pathlib import Path
 
 from elasticmoe.common.capacity import LoadSizes, Sizes, size_load, sizes_of
 from elasticmoe.common.checkpoint import Checkpoint
+from elasticmoe.common.devices.base import Handle
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.families.fingerprint import fingerprint
@@ -26,6 +27,7 @@ from elasticmoe.services.hmm.loading.reader import Reader
 from elasticmoe.services.hmm.memory.catalog import Loaded
 from elasticmoe.services.hmm.memory.ledgers import make_ledger
 from elasticmoe.services.hmm.memory.memory import BusSegment, DeviceMemory, check_exchange
+from elasticmoe.services.hmm.memory.new_pages import make_zeros
 
 log = get_logger("hmm")
 
@@ -98,6 +100,7 @@ class ModelLoad:
 
     def _create(self, sizes: LoadSizes, records: Sizes) -> None:
         check_exchange([self._memories[name].device for name, size in sizes.devices.items() if size.mailbox_bytes])
+        claimed: list[tuple[DeviceMemory, Handle]] = []
         for name, size in sizes.devices.items():
             memory = self._memories[name]
             memory.ledger = make_ledger(name, sizes.ledger)
@@ -105,10 +108,11 @@ class ModelLoad:
                 memory.create_mailbox(size.mailbox_bytes)
             for key in size.keys:
                 self._check_abort()
-                memory.create_record(key, records.of(key))
+                claimed.append((memory, memory.claim_record(key, records.of(key))))
             for _ in range(size.num_kv_handles):
                 self._check_abort()
-                memory.create_kv(sizes.kv.handle_bytes)
+                claimed.append((memory, memory.claim_kv(sizes.kv.handle_bytes)))
+        make_zeros(claimed, self._check_abort)
 
     def _holders(self, key: RecordKey) -> list[DeviceMemory]:
         seats = sorted(self.request.layout.seats, key=lambda seat: seat.slot)

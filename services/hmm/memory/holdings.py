@@ -132,7 +132,8 @@ class Holdings:
         prefix = f"device.{entry.device}."
         names = [name for name in kept if name.startswith(prefix)]
         descriptors = {name.removeprefix(prefix): kept.pop(name) for name in names}
-        memory = DeviceMemory(open_device(entry.device, self.granularity, entry.budget, descriptors=descriptors))
+        device = open_device(entry.device, self.granularity, entry.budget, descriptors=descriptors)
+        memory = DeviceMemory(device, has_large=self._config.large_pages)
         self.memories[entry.device] = memory  # at once: whatever fails from here on, `close` ends it
         ledger = kept.pop(_ledger(entry.device)) if entry.ledger_bytes else None
         memory.restore(entry, HostShared.open(ledger, entry.ledger_bytes) if ledger is not None else None)
@@ -159,7 +160,7 @@ class Holdings:
             # A driver that does not answer does not say what its device has: it is planned with as one of the others.
             device = open_device(name, self.granularity, usable.get(name, min(usable.values())))
             device.trim()  # where handles outlive whoever made them, those of a lost catalog are still there
-            self.memories[name] = DeviceMemory(device)
+            self.memories[name] = DeviceMemory(device, has_large=self._config.large_pages)
         self._snapshot = Snapshot.create()
         self.write()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from elasticmoe.common.devices.base import Device, Handle, Range, Space
@@ -27,24 +27,25 @@ class DeviceMemory:
     Belongs to the load's thread during a load, else to the service's loop.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, *, has_large: bool = True) -> None:
+        """`has_large`: whether large pages are wanted where the device's own are small."""
         self.device = device
+        self._large_bytes = device.large_page_bytes if has_large else 0
         self.records: dict[RecordKey, Handle] = {}
         self.kv: list[Handle] = []
         self.mailbox: Handle | None = None
         self.ledger: HostShared | None = None
         self._windows: dict[_Window, Range] = {}
 
-    def create_record(self, key: RecordKey, nbytes: int) -> None:
-        """Create and map the handle of a weight record. Raises DoesNotFit."""
-        handle = self.device.create(nbytes, "weights", key.range_offset(nbytes))
-        self.records[key] = handle
-        self._map(handle)
+    def claim_record(self, key: RecordKey, nbytes: int) -> Handle:
+        """Claim and map the handle of a weight record, which the catalog names from now on. Raises as `claim`."""
+        handle = self.records[key] = self.claim(nbytes, "weights", key.range_offset(nbytes))
+        return handle
 
-    def create_kv(self, nbytes: int) -> None:
-        """Create and map one more KV handle. Raises DoesNotFit."""
-        self.kv.append(self.device.create(nbytes, "kv", len(self.kv) * nbytes))
-        self._map(self.kv[-1])
+    def claim_kv(self, nbytes: int) -> Handle:
+        """Claim and map one more KV handle, which the catalog names from now on. Raises as `claim`."""
+        self.kv.append(self.claim(nbytes, "kv", len(self.kv) * nbytes))
+        return self.kv[-1]
 
     def create_mailbox(self, nbytes: int) -> None:
         """Create, map and export the mailbox of the rank on this device. Raises DoesNotFit, DeviceError; Unavailable at
@@ -77,29 +78,36 @@ class DeviceMemory:
         number, offset = divmod(handle.place, self.device.window_bytes)
         return (handle.space, handle.origin, number), offset
 
-    def address(self, handle: Handle) -> int:
-        """Where a handle is mapped. Raises DeviceError where it is not, because the device failed before."""
+    def where(self, handle: Handle) -> tuple[Range, int]:
+        """Where a handle is mapped, as a range and the offset there. Raises DeviceError where it is not, because the
+        device failed before."""
         name, offset = self._window_of(handle)
         if name not in self._windows:
             self.device.check_usable()
-        return self._windows[name].address(offset)
+        return self._windows[name], offset
 
-    def large_parts(self) -> list[tuple[Range, int, int]]:
-        """What could lie in large pages, as (range, offset, bytes): of handles that the catalog names and that lie one
-        behind the other, all but the ends."""
-        large = self.device.large_page_bytes
+    def address(self, handle: Handle) -> int:
+        """`where`, as an address."""
+        range_, offset = self.where(handle)
+        return range_.address(offset)
+
+    def large_parts(self, handles: Iterable[Handle] | None = None) -> list[tuple[Range, int, int]]:
+        """What of mapped `handles` could lie in large pages, as (range, offset, bytes): of those that lie one behind
+        the other, all but the ends; nothing where large pages are not wanted. None: of the records and the KV that the
+        catalog names."""
+        large = self._large_bytes
         if not large:
             return []
-        ends: dict[_Window, list[tuple[int, int]]] = {}
-        for handle in (*self.records.values(), *self.kv):
-            name, offset = self._window_of(handle)
-            ends.setdefault(name, []).append((offset, offset + handle.nbytes))
+        spans: dict[Range, list[tuple[int, int]]] = {}
+        for handle in (*self.records.values(), *self.kv) if handles is None else handles:
+            range_, offset = self.where(handle)
+            spans.setdefault(range_, []).append((offset, offset + handle.nbytes))
         parts = []
-        for name, spans in ends.items():
-            for begin, end in _joined(sorted(spans)):
+        for range_, some in spans.items():
+            for begin, end in _joined(sorted(some)):
                 first, last = -(-begin // large) * large, end // large * large
                 if first < last:
-                    parts.append((self._windows[name], first, last - first))
+                    parts.append((range_, first, last - first))
         return parts
 
     def clear(self) -> None:

@@ -31,6 +31,7 @@ from elasticmoe.services.hmm.memory.catalog import Loaded, Transition
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.ledgers import claim_ledger, format_pages
 from elasticmoe.services.hmm.memory.memory import DeviceMemory, check_exchange
+from elasticmoe.services.hmm.memory.new_pages import NewPages
 
 _THREADS: Final = 2  # while there is no limit; a joining replica waits for one device only
 _PIECE_BYTES: Final = 4 << 20
@@ -106,6 +107,7 @@ class Transfer:
             by_device.setdefault(part.memory.device.name, []).append(part)
         self._shares = deque(share for some in by_device.values() for share in _shares(some))
         self.num_threads = max(1, min(1 if bytes_per_s_max else _THREADS, len(self._shares)))
+        self._pages = NewPages((part.memory, part.handle) for part in parts if isinstance(part, HandlePart))
         self._peaks = peaks
         self._spec = spec
         self._model_path = model_path
@@ -153,6 +155,7 @@ class Transfer:
         device, source = part.memory.device, part.source
         address = source[0].address(source[1]) if source is not None else 0
         for done, nbytes in self._pieces(part):
+            self._pages.make(part.handle, done, nbytes)
             if source is not None:
                 device.write(part.handle, done, address + done, nbytes)
                 failpoint("hmm.copy")
