@@ -70,10 +70,15 @@ def load(kind: type[C], overrides: Mapping[str, Any] | None = None, flags: Mappi
     return config
 
 
+def setting_names() -> set[str]:
+    """The names of all settings."""
+    return {name for struct in CONFIGS for name in struct.__struct_fields__}
+
+
 def given(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What the file, the environment and `overrides` set, as it stands there, by field, and what the performance mode
     sets that they do not. Raises ConfigError for a file that cannot be read and for an unknown name."""
-    every_field = {name for struct in CONFIGS for name in struct.__struct_fields__}
+    every_field = setting_names()
     values: dict[str, Any] = {}
     path = os.environ.get(PREFIX + "CONFIG")
     if path:

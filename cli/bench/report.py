@@ -91,8 +91,8 @@ def write_raw(directory: Path, name: str, data: dict[str, Any]) -> Path:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table with the keys of the first row as heads."""
-    heads = list(rows[0])
+    """A Markdown table with the keys of the rows as heads."""
+    heads = list(dict.fromkeys(head for row in rows for head in row))
     cells = [[_cell(row.get(head, "")) for head in heads] for row in rows]
     widths = [max(len(head), *(len(row[i]) for row in cells)) for i, head in enumerate(heads)]
     lines = [

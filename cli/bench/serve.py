@@ -6,7 +6,8 @@ of each is reported beside the median. In turn with these, `--structured` measur
 allows any, so that masks are all that differs, and answers that have to be JSON of a schema, alone and as many of
 either kind in the same steps; `--traces` requests that are traced, where nobody asks for it, to a collector, and to one
 that is gone.
-`--peers` compares with other engines instead (see peers).
+`--recipes` measures settings beside one another: the deployments of all run at once, take turns in each round, and are
+told beside the first. `--peers` compares with other engines instead (see peers).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import asyncio
 import itertools
 import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from elasticmoe.cli.arguments import WrongUsage, refuse_beside, whole, wholes
 from elasticmoe.cli.bench.deployment import Running, add_devices, add_tp, first_of, running, wait_settled
 from elasticmoe.cli.bench.peers import command as peers
 from elasticmoe.cli.bench.peers.engines import ENGINES, engines
+from elasticmoe.cli.bench.recipes import Recipe, recipes, sized
 from elasticmoe.cli.bench.report import NO_PLOT, add_output, provenance, table, write_raw
 from elasticmoe.cli.bench.sink import TRACEPARENT, refusal, sink
 from elasticmoe.cli.bench.steady import Figures, figures
@@ -39,12 +41,11 @@ from elasticmoe.common.protocol import router as router_messages
 from elasticmoe.common.protocol.rank import Watch
 from elasticmoe.common.transport import Client, new_identity
 
-Deployments = dict[str, Running]
-Shares = tuple[float, float]  # of a step: overhead, and waiting for a slower rank
+Deployments = dict[tuple[Recipe, str], Running]  # by recipe and collector
 
 ANY, MASKED, JSON = "any", "any, masked", "JSON"  # kinds of answers
 STATUS_MS = 5_000
-_SERIES = ("model", "replicas", "tp", "answers", "traced")
+_SERIES = ("model", "recipe", "answers", "traced")
 _PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer"}, "likes": {"enum": ["tea", "coffee"]}},
@@ -59,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench serve`."""
     parser.add_argument("--models", default="demo,qwen3-moe-1b", help="names or paths, comma-separated")
     parser.add_argument("--replicas", type=wholes, default=(1, 2), help="numbers of replicas, comma-separated")
+    parser.add_argument(
+        "--recipes",
+        type=recipes,
+        metavar="RECIPES",
+        help="compare settings, in place of --replicas, --tp and --devices: 'NAME: SETTING=VALUE ...; NAME: ...'",
+    )
     parser.add_argument("--concurrency", type=wholes, default=(1, 8, 32), help="clients at once, comma-separated")
     parser.add_argument("--prompt-tokens", type=whole(1), default=128, help="tokens of each prompt")
     parser.add_argument("--output-tokens", type=whole(1), default=128, help="tokens of each answer")
@@ -95,11 +102,13 @@ def run(args: argparse.Namespace) -> int:
         if args.devices:
             raise WrongUsage("--devices: it has no effect beside --peers")
         return peers.run(args)
+    if args.recipes is not None and args.devices:
+        raise WrongUsage("--devices: it has no effect beside --recipes")
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
     for model in args.models.split(","):
-        for replicas in args.replicas:
-            for row, data in _measure(args, model, replicas):
+        for compared in _compared(args):
+            for row, data in _measure(args, model, compared):
                 rows.append(row)
                 raw.append(data)
     say(table(rows))
@@ -108,6 +117,25 @@ def run(args: argparse.Namespace) -> int:
     _plot(rows, args.output / "serve.png")
     say(f"raw data: {path}")
     return 1 if any(row["failed"] for row in rows) else 0
+
+
+def _compared(args: argparse.Namespace) -> list[tuple[Recipe, ...]]:
+    """Recipes by those that are measured beside one another."""
+    if args.recipes is not None:
+        return [args.recipes]
+    return [(sized(replicas, args.tp, first_of(args.devices, replicas * args.tp)),) for replicas in args.replicas]
+
+
+class Shares(NamedTuple):
+    """Of a step: overhead, and waiting for another rank, of leaders and of followers; the largest of their kind."""
+
+    overhead: float
+    waiting: float
+    followers_overhead: float = 0.0
+    followers_waiting: float = 0.0
+
+
+Rounds = list[tuple[Figures, Shares]]
 
 
 class Tracing(NamedTuple):
@@ -156,25 +184,29 @@ def _tracing(collector: str) -> Iterator[dict[str, Any]]:
 
 
 @contextmanager
-def _deployments(args: argparse.Namespace, model: str, replicas: int, kinds: list[Workload]) -> Iterator[Deployments]:
-    """All that the kinds need, by collector: those that are not measured just now do nothing."""
-    devices = first_of(args.devices, replicas * args.tp)
+def _deployments(model: str, compared: Sequence[Recipe], kinds: list[Workload]) -> Iterator[Deployments]:
+    """All that the kinds need of each recipe: those that are not measured just now do nothing."""
     with ExitStack() as stack:
-        found = {}
-        for collector in dict.fromkeys(kind.tracing.collector for kind in kinds):
-            settings = stack.enter_context(_tracing(collector))
-            found[collector] = stack.enter_context(running(model, replicas, devices=devices, tp=args.tp, **settings))
+        found: Deployments = {}
+        for recipe in compared:
+            for collector in dict.fromkeys(kind.tracing.collector for kind in kinds):
+                settings = dict(recipe.settings) | stack.enter_context(_tracing(collector)) | {"tp": recipe.tp}
+                made = running(model, recipe.replicas, devices=recipe.devices, **settings)
+                found[recipe, collector] = stack.enter_context(made)
         for deployment in found.values():
             wait_settled(deployment)
         yield found
 
 
-def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _measure(
+    args: argparse.Namespace, model: str, compared: Sequence[Recipe]
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     kinds = _kinds(args)
-    results: dict[tuple[Workload, str], list[tuple[Figures, Shares]]] = {
-        (kind, answers): [] for kind in kinds for answers in kind.answers
+    turns = list(itertools.product(kinds, compared))
+    results: dict[tuple[Recipe, Workload, str], Rounds] = {
+        (recipe, kind, answers): [] for kind, recipe in turns for answers in kind.answers
     }
-    with _deployments(args, model, replicas, kinds) as deployments:
+    with _deployments(model, compared, kinds) as deployments:
         with http_client(next(iter(deployments.values())).url, timeout=10) as client:
             shape = Shape(first_model(client), args.prompt_tokens, args.output_tokens)
         shapes = {
@@ -182,16 +214,23 @@ def _measure(args: argparse.Namespace, model: str, replicas: int) -> list[tuple[
             MASKED: msgspec.structs.replace(shape, structured_outputs={"regex": ANYTHING}),
             JSON: msgspec.structs.replace(shape, structured_outputs={"json": ENDLESS}),
         }
-        for answers, deployment in itertools.product({answers for _, answers in results}, deployments.values()):
-            asyncio.run(run_clients(deployment.url, shapes[answers], 2 * replicas, 2 * replicas, seed=0))
+        each_kind = {answers for _, _, answers in results}
+        for answers, ((recipe, _), deployment) in itertools.product(each_kind, deployments.items()):
+            num = 2 * recipe.replicas
+            asyncio.run(run_clients(deployment.url, shapes[answers], num, num, seed=0))
         for turn in range(args.rounds):
-            for kind in kinds if turn % 2 == 0 else reversed(kinds):  # nobody is always the first, or behind another
-                seed, deployment = 1 + turn * 1_000 + kinds.index(kind), deployments[kind.tracing.collector]
+            # Nobody is always the first, or behind another.
+            for kind, recipe in turns if turn % 2 == 0 else reversed(turns):
+                seed, deployment = 1 + turn * 1_000 + kinds.index(kind), deployments[recipe, kind.tracing.collector]
                 found = asyncio.run(_run(deployment.url, shapes, kind, args.requests_per_client, seed))
-                shares = _shares(deployment.run_dir, replicas)
+                shares = _shares(deployment.run_dir, recipe.replicas)
                 for answers, one in found.items():
-                    results[kind, answers].append((one, shares))
-    return [_summary(model, replicas, args.tp, rounds, *of) for of, rounds in results.items()]
+                    results[recipe, kind, answers].append((one, shares))
+    summaries = []
+    for (recipe, kind, answers), rounds in results.items():
+        first = results[compared[0], kind, answers] if len(compared) > 1 else None
+        summaries.append(_summary(model, recipe, rounds, kind, answers, first))
+    return summaries
 
 
 async def _run(url: str, shapes: dict[str, Shape], kind: Workload, each: int, seed: int) -> dict[str, Figures]:
@@ -207,8 +246,9 @@ async def _run(url: str, shapes: dict[str, Shape], kind: Workload, each: int, se
 
 
 def _shares(run_dir: Path, replicas: int) -> Shares:
-    """The largest shares over the leaders of replicas (see RankStatus), averages over their last steps."""
-    shares: list[Shares] = []
+    """The largest shares over the leaders of replicas, and over the others (see RankStatus), averages over their last
+    steps."""
+    statuses: list[router_messages.RankStatus] = []
     for replica in range(replicas):
         path = run_dir / "sockets" / f"rank-r{replica}t0.sock"
         client = Client(path, new_identity("bench"), router_messages.CODEC)
@@ -219,34 +259,61 @@ def _shares(run_dir: Path, replicas: int) -> Shares:
             client.close()
         if received is None or not isinstance(received.body, router_messages.RankStatus):
             raise ValueError(f"rank r{replica}t0 sent no status within {STATUS_MS} ms")
-        shares.append((received.body.share_overhead, received.body.share_waiting))
-    return max(overhead for overhead, _ in shares), max(waiting for _, waiting in shares)
+        statuses.append(received.body)
+    followers = [one for status in statuses for one in status.followers]
+    return Shares(
+        max(status.share_overhead for status in statuses),
+        max(status.share_waiting for status in statuses),
+        max((one.overhead for one in followers), default=0.0),
+        max((one.waiting for one in followers), default=0.0),
+    )
 
 
 def _summary(
-    model: str, replicas: int, tp: int, rounds: list[tuple[Figures, Shares]], kind: Workload, answers: str
+    model: str, recipe: Recipe, rounds: Rounds, kind: Workload, answers: str, first: Rounds | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row of the table, and what is kept. `first`: the same rounds of the first recipe, where there are several."""
     found = [item for item, _ in rounds]
     best = max(found, key=lambda item: item.tokens_per_s)
     row = {
         "model": Path(model).name,
-        "replicas": replicas,
-        "tp": tp,
+        "recipe": recipe.name,
         "concurrency": kind.concurrency,
         "answers": kind.name_of(answers),
         "traced": kind.tracing.name,
         "tokens/s best": best.tokens_per_s,
         "tokens/s median": statistics.median(item.tokens_per_s for item in found),
+        **(_beside(rounds, first) if first is not None else {}),
         "TTFT p50 ms": best.ttft_p50_ms,
         "TPOT p50 ms": best.tpot_p50_ms,
         "TPOT p99 ms": best.tpot_p99_ms,
-        "overhead %": min(overhead for _, (overhead, _) in rounds) * 100,
-        "waiting %": min(waiting for _, (_, waiting) in rounds) * 100,
+        "overhead %": min(shares.overhead for _, shares in rounds) * 100,
+        "waiting %": min(shares.waiting for _, shares in rounds) * 100,
+        **(_of_followers([shares for _, shares in rounds]) if recipe.tp > 1 else {}),
         "failed": sum(item.failed for item in found),
     }
     facts = {name: row[name] for name in _SERIES}
-    raw = {**facts, "rounds": [msgspec.to_builtins(item) for item in rounds]}
+    size = {"replicas": recipe.replicas, "tp": recipe.tp, "devices": recipe.devices, "settings": dict(recipe.settings)}
+    raw = {**facts, **size, "rounds": [msgspec.to_builtins(item) for item in rounds]}
     return row, raw
+
+
+def _beside(rounds: Rounds, first: Rounds) -> dict[str, str]:
+    ratios = sorted(
+        mine.tokens_per_s / theirs.tokens_per_s for (mine, _), (theirs, _) in zip(rounds, first, strict=True)
+    )
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "of the first's, median": f"{statistics.median(ratios):.2f}",
+        "middle half": f"{low:.2f} to {high:.2f}",
+    }
+
+
+def _of_followers(rounds: list[Shares]) -> dict[str, float]:
+    return {
+        "followers' overhead %": min(shares.followers_overhead for shares in rounds) * 100,
+        "followers' waiting %": min(shares.followers_waiting for shares in rounds) * 100,
+    }
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -265,7 +332,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
             [r["concurrency"] for r in mine],
             [r["tokens/s best"] for r in mine],
             "o-",
-            label=f"{key[0]}, replicas: {key[1]}, tp: {key[2]}, answers: {key[3]}, traced: {key[4]}",
+            label=f"{key[0]}, {key[1]}, answers: {key[2]}, traced: {key[3]}",
         )
     axes.set(xlabel="concurrent requests", ylabel="tokens per second", xscale="log", ylim=(0, None))
     axes.legend()

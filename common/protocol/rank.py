@@ -30,7 +30,7 @@ from elasticmoe.common.protocol.limits import (
     VOCABULARY_BYTES_MAX,
     VOCABULARY_PIECE_BYTES,
 )
-from elasticmoe.common.protocol.router import Logprob, Suspicion
+from elasticmoe.common.protocol.router import Logprob, StepShares, Suspicion
 
 TokenId = Annotated[int, Meta(ge=0, lt=VOCAB_MAX)]
 RequestId = Annotated[str, Meta(min_length=1, max_length=REQUEST_ID_CHARS_MAX)]
@@ -158,6 +158,12 @@ class Unwatch(Message, frozen=True):
     """The router sends this rank nothing more: no status is wanted, no request will follow. No answer."""
 
 
+class TellShares(Message, frozen=True):
+    """Of a follower to its leader, which tells them to routers with its own. No answer."""
+
+    shares: StepShares
+
+
 class GetRankLoad(Message, frozen=True):
     """Answered by scaler.RankLoad."""
 
@@ -268,6 +274,7 @@ ToRank = (
     | VocabularyPiece
     | Watch
     | Unwatch
+    | TellShares
     | GetRankIntegrity
     | GetRankLoad
     | RankCommand

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import Codec, Message
-from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX, STEP_FAILURES_MAX
+from elasticmoe.common.protocol.limits import PROMPT_TOKENS_MAX, STEP_FAILURES_MAX, TP_MAX
 from elasticmoe.common.protocol.replies import Ack, Refused
 
 
@@ -120,6 +120,19 @@ class MayMove(Message, frozen=True):
     rank: RankId
 
 
+class StepShares(msgspec.Struct, frozen=True):
+    """Of the time of one rank's last steps, by what it went into; 0 to 1.
+
+    tp: its index in its replica
+    overhead: neither tensor math nor `waiting`: scheduler, exchange, bus, ledger, messages
+    waiting: for ranks that had more to compute; a follower's for its leader's plan, too
+    """
+
+    tp: Annotated[int, Meta(ge=0, lt=TP_MAX)]
+    overhead: Annotated[float, Meta(ge=0.0, le=1.0)]
+    waiting: Annotated[float, Meta(ge=0.0, le=1.0)]
+
+
 class RankStatus(Message, frozen=True):
     """A rank's load, for the balancer; sent when it changes, at most ten times a second, from the work loop.
 
@@ -135,6 +148,7 @@ class RankStatus(Message, frozen=True):
     is_leaving: it hands its requests over to others and wants no new ones; those that come are handed over too
     recomputed: tokens that this incarnation has computed and computed again, because their blocks were taken or their
         step was given up
+    followers: shares of the replica's other ranks, as far as they have told them
     """
 
     rank: RankId
@@ -150,6 +164,7 @@ class RankStatus(Message, frozen=True):
     share_waiting: float = 0.0
     is_leaving: bool = False
     recomputed: int = 0
+    followers: tuple[StepShares, ...] = ()
 
 
 ToRouter = Tokens | Failed | Suspected | RankTimes | WantVocabulary | Moved | MayMove | RankStatus | Ack | Refused

@@ -199,11 +199,14 @@ class PoolRank(msgspec.Struct, frozen=True):
 
 
 class PoolStatus(Message, frozen=True):
-    """`standby`: processes that wait for a seat. `is_cold`: none are kept, ranks are started from nothing."""
+    """`standby`: processes that wait for a seat. `is_cold`: none are kept, ranks are started from nothing. `cores`:
+    that its ranks may share; 0: it does not say. `threads_max`: that a rank computes with."""
 
     standby: int
     ranks: tuple[PoolRank, ...]
     is_cold: bool = False
+    cores: int = 0
+    threads_max: int = 64
 
     @property
     def num_startable(self) -> int:

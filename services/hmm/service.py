@@ -159,7 +159,7 @@ class Hmm:
         self._transitions.advance()
         if not self._loading.is_at_work:
             self._supply.give_back_leftovers()
-        self._large_pages.turn(is_loading=self._loading.is_at_work)
+        self._large_pages.turn(self._clock.monotonic(), is_loading=self._loading.is_at_work)
 
     def _notice_failures(self) -> None:
         for name, memory in self._holdings.memories.items():

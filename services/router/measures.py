@@ -187,7 +187,7 @@ STEP_SHARE = Measure(
     "elasticmoe:step_share",
     "gauge",
     "Share of a step that is not tensor math",
-    (*_ENGINE, "part"),
+    (*_ENGINE, "rank", "part"),
     source="ranks",
 )
 EPOCH = Measure(

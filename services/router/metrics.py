@@ -18,6 +18,7 @@ from elasticmoe.common.error_codes.clients import CLIENTS
 from elasticmoe.common.error_codes.internal import INTERNAL
 from elasticmoe.common.layout import Layout, RankId
 from elasticmoe.common.measures import REFUSALS, Measure
+from elasticmoe.common.protocol.router import StepShares
 from elasticmoe.services.router import measures
 from elasticmoe.services.router.dispatch.links import RankLink
 from elasticmoe.services.router.dispatch.streams import FINISH_REASONS, Stream
@@ -137,8 +138,11 @@ class _RankCollector(Collector):
             silent.add_metric(engine, link.silent_s(now))
             blocks.add_metric([*engine, "free"], status.blocks_free)
             blocks.add_metric([*engine, "used"], used)
-            shares.add_metric([*engine, "overhead"], status.share_overhead)
-            shares.add_metric([*engine, "waiting"], status.share_waiting)
+            of_ranks = (StepShares(rank.tp, status.share_overhead, status.share_waiting), *status.followers)
+            for one in of_ranks:
+                labels = [*engine, str(RankId(rank.replica, one.tp))]
+                shares.add_metric([*labels, "overhead"], one.overhead)
+                shares.add_metric([*labels, "waiting"], one.waiting)
         return [running, waiting, usage, queued, silent, blocks, shares]
 
     def _layout_metrics(self) -> Iterable[Metric]:

@@ -5,6 +5,7 @@ A deployment has one host today, LOCAL_HOST. What the scaler asks of hosts, it a
 | kind | what |
 |---|---|
 | of each host, put together | `devices`, `failed`, `attached`, `ranks`, `pools_answer`, `standby`, `startable` |
+| the same | `cores`, `threads_max` |
 | of the deployment, told by its one host | `phase`, `error`, `memory`, `members`, `transition`, `in_force` |
 
 The second kind takes one host for granted, in `_only`: several would have to agree on it (docs/adr/0029).
@@ -110,6 +111,16 @@ class Cluster(msgspec.Struct, frozen=True):
     def standby(self) -> int:
         """Processes that wait for a seat."""
         return sum(host.pool.standby for host in self.hosts.values() if host.pool is not None)
+
+    @property
+    def cores(self) -> int:
+        """That ranks may share; 0 where no pool says."""
+        return sum(host.pool.cores for host in self.hosts.values() if host.pool is not None)
+
+    @property
+    def threads_max(self) -> int:
+        """That a rank computes with."""
+        return min((host.pool.threads_max for host in self.hosts.values() if host.pool is not None), default=1)
 
     def startable(self, seats: Sequence[Seat]) -> list[Seat]:
         """Those of `seats` that can be filled now: their HMM has let go of their last holders, and standbys wait."""

@@ -30,7 +30,10 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     sizes, memory, devices, rates: what plans are made from; devices that may be used
     kv_handle_tokens: that a KV handle holds
     step_tokens_max: prompt tokens of one step
-    shares_cores: replicas divide the machine's cores: of twice as many each is half as fast
+    shares_cores: ranks divide the machine's cores: of twice as many each is half as fast, unless it has `threads_max`
+        of them either way
+    cores: of the machine, as far as is known; 0: not
+    threads_max: most that a rank computes with
     accepted, refused: the newest order of the policy that was
     """
 
@@ -44,6 +47,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     kv_handle_tokens: int
     step_tokens_max: int
     shares_cores: bool = False
+    cores: int = 0
+    threads_max: int = 64
     accepted: str | None = None
     refused: RefusedOrder | None = None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from elasticmoe.cli.models import configs, random_checkpoint
 from elasticmoe.common.families import load_spec
@@ -137,6 +138,27 @@ async def test_it_scales_under_load_and_streams_are_exact(
     assert deployment.metric("elasticmoe:recomputed_tokens_total") == 0
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 200
     assert deployment.stop().count("error") == 0
+
+
+async def test_each_rank_tells_where_its_time_goes(deploy: Callable[..., Deployment]) -> None:
+    deployment = deploy("oracle", replicas=1, devices=2, **ORACLE)
+    async with Load(deployment.base_url, clients=4, seed=2):
+        found = await asyncio.to_thread(wait_until, lambda: all_shares(deployment), "shares of both ranks")
+    assert sorted(found) == ["r0t0", "r0t1"]
+    for parts in found.values():
+        assert sorted(parts) == ["overhead", "waiting"]
+        assert 0 < sum(parts.values()) < 1, "the rest is mathematics"
+    assert deployment.stop().count("error") == 0
+
+
+def all_shares(deployment: Deployment) -> dict[str, dict[str, float]] | None:
+    """By rank, as the router shows them; None while one of two ranks has not told what it waits."""
+    text = httpx.get(deployment.base_url + "/metrics", timeout=60, trust_env=False).text
+    found: dict[str, dict[str, float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples if family.name == "elasticmoe:step_share" else ():
+            found.setdefault(sample.labels["rank"], {})[sample.labels["part"]] = sample.value
+    return found if len(found) == 2 and all(parts["waiting"] for parts in found.values()) else None
 
 
 @pytest.mark.timeout(240)

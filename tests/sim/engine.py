@@ -14,6 +14,7 @@ from elasticmoe.services.worker.engine.engine import Engine
 from elasticmoe.services.worker.engine.outcome import Choice
 from elasticmoe.services.worker.engine.plan import Chunk, StepPlan
 from elasticmoe.services.worker.exchange.board import ReplicaBoard
+from elasticmoe.services.worker.model.base import StepTimes
 from elasticmoe.services.worker.model.batch import Batch
 from tests.sim.heap import Violation
 from tests.sim.memory import (
@@ -74,6 +75,8 @@ def _tables(batch: Batch) -> Iterator[tuple[Sequence[int], int]]:
 
 class SimModel:
     """What stands for a follower's model: it writes the tokens that its leader planned."""
+
+    times = StepTimes(0, 0, 0)
 
     def __init__(self, kv: Any, values: memoryview[int], take_part: Callable[[Callable[[], None]], None]) -> None:
         """`take_part(write)` writes the KV, if it comes to that, and raises what becomes of the step here."""

@@ -87,6 +87,18 @@ class Client:
             self._process.unheard |= self._seqs
 
 
+class Lost:
+    """An end whose service is always away."""
+
+    def push(self, body: Message) -> bool:
+        """See elasticmoe.common.endpoints."""
+        del body
+        return False
+
+    def close(self) -> None:
+        """See elasticmoe.common.endpoints."""
+
+
 class Server:
     """Where others reach the rank, and where it sleeps: `poll` says at once what there is to look at."""
 
@@ -362,8 +374,8 @@ class RankProcess(Actor):
         return Client(self, name)
 
     def connect_push(self, name: str, identity: str) -> PushEnd:
-        """See elasticmoe.common.endpoints."""
-        return Push(self.sim, self.address)
+        """See elasticmoe.common.endpoints. What a follower tells its leader of its time is lost."""
+        return Push(self.sim, self.address) if name == "signals" else Lost()
 
     def _build(self, link: HmmLink) -> None:
         device = self.world.hmm.memories[self.seat.device].real

@@ -50,6 +50,14 @@ def test_what_a_router_tells_is_shown_at_once_and_not_more_often_than_it_costs_n
     assert bench.load() is not None
 
 
+def test_the_pool_says_what_ranks_share() -> None:
+    bench = Bench()
+    pool = msgspec.structs.replace(bench.pool, cores=6, threads_max=3)
+    load = bench.scaler.observe(cluster_of(bench.hmm, pool), frozenset(), is_changing=False)
+    assert load is not None
+    assert (load.cores, load.threads_max) == (6, 3)
+
+
 def test_nothing_is_decided_while_it_is_not_known_what_serves() -> None:
     bench = Bench()
     no_memory = msgspec.structs.replace(bench.hmm, memory=None)

@@ -101,6 +101,34 @@ def test_replicas_that_share_cores_are_the_slower_the_more_there_are(shares_core
     assert STEPS[2].slowed(2).seconds(100, 1_000, 10) == pytest.approx(2 * STEPS[2].seconds(100, 1_000, 10))
 
 
+@pytest.mark.parametrize(
+    ("cores", "tp", "factors", "shares"),
+    [
+        (0, 1, [0.5, 1, 2], [True] * 3),  # no pool has said
+        (32, 1, [1, 1, 1], [False] * 3),
+        (16, 1, [1, 1, 1], [False, False, True]),  # of four each has four, of five less
+        (8, 1, [1, 1, 2], [False, True, True]),
+        (8, 2, [0.5, 1, 2], [True] * 3),
+        (16, 2, [1, 1, 2], [False, True, True]),
+    ],
+)
+def test_replicas_that_use_no_more_of_the_cores_are_as_fast_as_before(
+    cores: int, tp: int, factors: list[float], shares: list[bool]
+) -> None:
+    seen = load(BUSY, shares_cores=True, cores=cores, threads_max=4)
+    facts = [autoscaling._width_facts(seen, EXPERTS, tp, width) for width in (1, 2, 4)]
+    assert [one.step for one in facts] == [STEPS[2].slowed(factor) for factor in factors]
+    assert [one.shares_cores for one in facts] == shares
+
+
+def test_a_growth_that_brings_cores_that_nobody_used_is_ordered_for_their_sake() -> None:
+    busy = signals(60.0, queued=30, age_s=5.0)
+    _, actions = decide(load(busy, shares_cores=True, cores=8, threads_max=2))
+    assert [action.replicas for action in actions] == [4]
+    _, actions = decide(load(busy, shares_cores=True, cores=8, threads_max=4))
+    assert actions == ()
+
+
 def test_a_growth_that_brings_no_cores_is_not_ordered_for_their_sake() -> None:
     busy = signals(60.0, queued=30, age_s=5.0)
     _, actions = decide(load(busy))

@@ -7,13 +7,14 @@ import argparse
 import asyncio
 import fcntl
 import json
+import mmap
 import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,7 @@ from elasticmoe.cli.bench.peers.installation import converted, made
 from elasticmoe.cli.bench.peers.interference import Interference, Meter
 from elasticmoe.cli.bench.peers.openvino_server import server as peer_server
 from elasticmoe.cli.bench.peers.server import PeerServer
+from elasticmoe.cli.bench.peers.shared_memory import FOLDER
 from elasticmoe.cli.bench.steady import Figures
 from elasticmoe.cli.load.client import run_clients
 from elasticmoe.cli.load.endpoint import Shape, endpoint_of
@@ -368,6 +370,39 @@ def test_processes_whose_parents_have_gone_are_ended_too(tmp_path: Path) -> None
             server.first_token(16)
         (orphan,) = server._session() - {server._root}
     assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_shared_memory_that_a_server_leaves_is_removed_and_no_other(tmp_path: Path, is_mapped: bool) -> None:
+    code = (
+        "import time; from multiprocessing import resource_tracker, shared_memory;"
+        "made = shared_memory.SharedMemory(create=True, size=4096);"
+        "resource_tracker.unregister(made._name, 'shared_memory');"  # as where that is killed, too
+        "print(made.name, flush=True); time.sleep(600)"
+    )
+    with ExitStack() as others:
+        before, during = (others.enter_context(segment()) for _ in range(2))
+        os.unlink(during)
+        with started(tmp_path, Launch((sys.executable, "-c", code)), free_port()):
+            during.write_bytes(b"1")  # of another program, which is about to map it
+            wait_until(lambda: (tmp_path / "output").read_text().endswith("\n"), "the segment", 60.0)
+            left = FOLDER / (tmp_path / "output").read_text().strip()
+            others.callback(left.unlink, missing_ok=True)
+            if is_mapped:
+                with left.open("r+b") as file:
+                    others.enter_context(mmap.mmap(file.fileno(), 4096))
+        assert [path.exists() for path in (left, before, during)] == [is_mapped, True, True]
+
+
+@contextmanager
+def segment() -> Iterator[Path]:
+    """One that no process has mapped."""
+    path = FOLDER / f"psm_{os.urandom(4).hex()}"
+    path.write_bytes(b"1")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def test_processes_of_others_are_told_from_those_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory import large_pages
-from elasticmoe.services.hmm.memory.large_pages import LargePages
+from elasticmoe.services.hmm.memory.large_pages import RETRY_S, RETRY_S_MAX, LargePages
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 from elasticmoe.services.hmm.memory.transfer import Supply
 from tests.claims import make_kv, make_record
@@ -74,15 +74,15 @@ def large_bytes(range_: Range) -> int:
     return found
 
 
-def finish(pages: LargePages, background: Background) -> None:
-    """Turn as the HMM's loop does, until nothing is left to do."""
+def finish(pages: LargePages, background: Background, now: float = 0.0) -> None:
+    """Turn as the HMM's loop does, until nothing is left to do at that moment."""
     poller = select.poll()
     poller.register(background.fileno(), select.POLLIN)
-    pages.turn(is_loading=False)
+    pages.turn(now, is_loading=False)
     while pages.is_at_work:
         assert poller.poll(20_000), "the job never ended"
         background.finish()
-        pages.turn(is_loading=False)
+        pages.turn(now, is_loading=False)
 
 
 def holdings_of(memory: DeviceMemory) -> Any:
@@ -177,12 +177,12 @@ def test_nothing_is_begun_while_memory_changes_hands(
     monkeypatch.setattr(large_pages, "PIECE_BYTES", LARGE)
     holdings = holdings_of(memory)
     pages = large_pages_of(holdings, background)
-    pages.turn(is_loading=True)
+    pages.turn(0.0, is_loading=True)
     assert not pages.is_at_work
-    pages.turn(is_loading=False)
+    pages.turn(0.0, is_loading=False)
     assert pages.is_at_work
     assert holdings.num_readers == 1
-    pages.turn(is_loading=True)  # the piece in work is ended, no other one begins
+    pages.turn(0.0, is_loading=True)  # the piece in work is ended, no other one begins
     assert background.join(20.0)
     background.finish()
     assert not pages.is_at_work
@@ -190,7 +190,7 @@ def test_nothing_is_begun_while_memory_changes_hands(
     for busy in ("transition", "release"):
         holdings.transition = SimpleNamespace(is_over=busy != "transition")
         pages._supply = SimpleNamespace(is_releasing=busy == "release")  # type: ignore[assignment]
-        pages.turn(is_loading=False)
+        pages.turn(0.0, is_loading=False)
         assert not pages.is_at_work
     pages._supply = SimpleNamespace(is_releasing=False)  # type: ignore[assignment]
     finish(pages, background)  # and all of it afterwards
@@ -199,7 +199,7 @@ def test_nothing_is_begun_while_memory_changes_hands(
 
 def test_who_wants_none_gets_none(memory: DeviceMemory, background: Background) -> None:
     pages = large_pages_of(holdings_of(memory), background, is_wanted=False)
-    pages.turn(is_loading=False)
+    pages.turn(0.0, is_loading=False)
     assert not pages.is_at_work
 
 
@@ -207,3 +207,65 @@ def test_the_threads_priority_is_its_own(memory: DeviceMemory, background: Backg
     before = os.getpriority(os.PRIO_PROCESS, 0)
     finish(large_pages_of(holdings_of(memory), background), background)
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+
+class Kernel:
+    """In place of a device and its four pieces of memory. `refuses`: pieces that it does not collapse now."""
+
+    def __init__(self) -> None:
+        self.refuses = {0, 1, 2, 3}
+        self.asked: list[int] = []
+
+    def collapse(self, _: Range, offset: int, nbytes: int) -> bool:
+        assert nbytes == large_pages.PIECE_BYTES
+        self.asked.append(offset // nbytes)
+        return self.asked[-1] not in self.refuses
+
+    def holdings(self) -> Any:
+        parts = [(None, 0, 4 * large_pages.PIECE_BYTES)]
+        memory: Any = SimpleNamespace(large_parts=lambda: parts, device=self)
+        return holdings_of(memory)
+
+
+def test_what_was_refused_is_tried_again_after_pauses_that_grow(background: Background) -> None:
+    kernel = Kernel()
+    holdings = kernel.holdings()
+    pages = large_pages_of(holdings, background)
+
+    def asked_at(now: float) -> list[int]:
+        kernel.asked.clear()
+        finish(pages, background, now)
+        return list(kernel.asked)
+
+    assert asked_at(100.0) == [0, 1, 2, 3]
+    assert asked_at(100.0 + RETRY_S - 0.1) == []
+    assert asked_at(100.0 + RETRY_S) == [0], "where one is refused again, so are the others for the most part"
+    assert asked_at(100.0 + 3 * RETRY_S - 0.1) == []
+    assert asked_at(100.0 + 3 * RETRY_S) == [1]
+    kernel.refuses = {0}
+    assert asked_at(200.0) == [2, 3, 0]
+    assert asked_at(200.0 + RETRY_S) == [1, 0], "something was gained"
+    one = large_pages.PIECE_BYTES
+    assert (pages.large["host:0"], pages.bytes_refused) == (3 * one, one)
+    now, pauses = 200.0 + 2 * RETRY_S, []
+    assert asked_at(now) == [0]
+    for pause in (2 * RETRY_S, 4 * RETRY_S, 8 * RETRY_S, 16 * RETRY_S, RETRY_S_MAX, RETRY_S_MAX):
+        assert asked_at(now + pause - 0.1) == []
+        now += pause
+        pauses.append(asked_at(now))
+    assert pauses == [[0]] * 6
+    holdings.loaded = object()  # memory has changed hands
+    assert asked_at(now) == [0, 1, 2, 3]
+    kernel.refuses.clear()
+    assert asked_at(now + RETRY_S) == [0]
+    assert (pages.large["host:0"], pages.bytes_refused) == (4 * one, 0)
+    assert asked_at(now + 1_000.0) == []
+
+
+def test_what_was_refused_is_left_alone_while_memory_changes_hands(background: Background) -> None:
+    kernel = Kernel()
+    pages = large_pages_of(kernel.holdings(), background)
+    finish(pages, background)
+    pages.turn(2 * RETRY_S, is_loading=True)
+    assert not pages.is_at_work
+    assert kernel.asked == [0, 1, 2, 3]

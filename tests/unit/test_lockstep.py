@@ -64,9 +64,9 @@ class Member:
             if total:
                 self.steps.append((self.lockstep.epoch, total))
 
-    def meet(self, num_tokens: int, *, is_alone: bool = False, is_handing: bool = False) -> int:
-        """Wait until all have met; 0 when the test is over before."""
-        while (total := self.lockstep.meet(num_tokens, is_alone=is_alone, is_handing=is_handing)) is None:
+    def meet(self, num_tokens: int, **said: bool) -> int:
+        """Wait until all have met; 0 when the test is over before. `said`: see Lockstep.meet."""
+        while (total := self.lockstep.meet(num_tokens, **said)) is None:
             if self.stopping:
                 return 0
         return total
@@ -238,16 +238,21 @@ def test_prompts_that_urgent_steps_have_put_off_come_a_few_at_a_time_for_as_long
     harness.hmm.set_membership(1, 0b01, True, 1)
     member.lockstep.sync()
 
-    def catching_up(num_steps: int) -> list[bool]:
+    def catching_up(num_steps: int, *, has_prompts: bool = True) -> list[bool]:
         seen = []
         for _ in range(num_steps):
             seen.append(member.lockstep.is_catching_up)
-            assert member.meet(1) > 0
+            assert member.meet(1, puts_off=has_prompts and member.lockstep.is_urgent) > 0
         return seen
 
     assert catching_up(8) == [False] * 3 + [True] * 3 + [False] * 2  # the first steps are urgent
     member.lockstep.hurry(2 * PUT_OFF_MAX)
     assert catching_up(3 * PUT_OFF_MAX + 2) == [False] * 2 * PUT_OFF_MAX + [True] * PUT_OFF_MAX + [False] * 2
+    member.lockstep.hurry(6)
+    assert catching_up(8, has_prompts=False) == [False] * 8, "nothing was put off"
+    member.lockstep.hurry(4)
+    assert catching_up(2, has_prompts=False) == [False] * 2
+    assert catching_up(5) == [False] * 2 + [True] * 2 + [False], "two were without prompts"
     member.lockstep.hurry(2)
     assert catching_up(3) == [False, False, True]
     assert member.meet(0) == 0

@@ -81,6 +81,7 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             rank.Cancel("r1"),
             rank.VocabularyPiece("0" * 64, 0, 2, b"ab"),
             rank.Watch(),
+            rank.TellShares(router.StepShares(1, 0.125, 0.75)),
             rank.Unwatch(),
             rank.GetRankIntegrity(),
             rank.GetRankLoad(),
@@ -113,7 +114,9 @@ RECEIVERS: dict[str, tuple[Codec[Any], tuple[Message, ...]]] = {
             router.Failed("r1", "queue_full", "64 requests wait; the limit is 64", True),
             router.Moved("r1", RANK),
             router.MayMove("r1", RANK),
-            router.RankStatus(RANK, NAME, 3, 1, 2, 30, 9, 10, 2048, 0.25, 0.5, True),
+            router.RankStatus(
+                RANK, NAME, 3, 1, 2, 30, 9, 10, 2048, 0.25, 0.5, True, followers=(router.StepShares(1, 0.125, 0.75),)
+            ),
             Ack(),
             Refused("conflict", "text", False),
         ),

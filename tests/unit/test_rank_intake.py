@@ -94,7 +94,7 @@ def test_ids_beyond_the_vocabulary_come_no_further(fields: dict[str, Any], outpu
 def test_a_rank_that_waits_for_others_hears_of_an_hmm_that_has_lost_the_memory() -> None:
     """Those it waits for have heard it before, and have ended: nobody else could tell it."""
     rank: Any = Rank.__new__(Rank)
-    plan = SimpleNamespace(num_said=1, is_alone=False)
+    plan = SimpleNamespace(num_said=1, is_alone=False, puts_off=False)
     num_meetings = 0
 
     def meet(*_: object, **__: object) -> None:

@@ -15,6 +15,7 @@ from elasticmoe.services.worker.engine.budget import (
     LONGEST_S,
     StepBudget,
 )
+from elasticmoe.services.worker.engine.plan import StepPlan
 from elasticmoe.services.worker.engine.scheduler import Scheduler
 
 MOST = 2048
@@ -197,6 +198,8 @@ def test_replicas_that_catch_up_divide_what_one_may_have(most: int) -> None:
     prompts = [200] * 5
     whole = budget.tokens(prompts, 8)
     budget.is_catching_up = True
+    assert budget.tokens(prompts, 8) == whole, "none of these was put off"
+    budget.put_off = {1}
     assert budget.tokens(prompts, 8) == LEAST_TOKENS // 3 + 8 < whole
     assert budget.tokens([], 8) == most, "nobody waits"
     budget.begin(2 * LEAST_TOKENS)
@@ -207,6 +210,52 @@ def test_replicas_that_catch_up_divide_what_one_may_have(most: int) -> None:
     assert budget.tokens(prompts, 8) == alone, "nobody else has prompts that waited"
     budget.begin(3)
     assert budget.tokens(prompts, 8) == whole
+
+
+def test_prompts_are_divided_while_some_that_were_put_off_are_left() -> None:
+    scheduler = Scheduler(
+        BlockManager(1000, 16), max_tokens=LEAST_TOKENS, max_sequences=64, max_model_len=4096, max_waiting=100
+    )
+    scheduler.budget.begin(2)
+
+    def add(name: str, num_tokens: int) -> None:
+        prompt = (len(name),) * num_tokens  # no two begin alike
+        scheduler.add(Submit(name, prompt, 100, Sampling(seed=1)), b"router:1", 0.0)
+
+    def step(*, is_urgent: bool = False, is_catching_up: bool = True) -> StepPlan:
+        scheduler.budget.is_catching_up = is_catching_up and not is_urgent
+        plan = scheduler.plan(decode_only=is_urgent)
+        scheduler.commit(plan.chunks, [7 for chunk in plan.chunks if chunk.sample])
+        return plan
+
+    add("stream", 1)
+    step()
+    assert not step(is_urgent=True).puts_off
+    add("behind", 200)
+    plan = step()
+    assert (plan.num_prompt, plan.is_cut) == (LEAST_TOKENS - 1, False), "no step has put it off"
+    add("put off", 100)
+    assert step(is_urgent=True).puts_off
+    add("new", 1000)
+    plans = [step() for _ in range(4)]  # 73 and 100 tokens were put off
+    assert [(plan.num_prompt, plan.is_cut) for plan in plans] == [
+        (LEAST_TOKENS // 2, True),
+        (LEAST_TOKENS // 2, True),
+        (LEAST_TOKENS // 2, True),
+        (LEAST_TOKENS - 3, False),
+    ]
+    assert step(is_urgent=True).puts_off
+    assert [step(is_catching_up=is_catching_up).is_cut for is_catching_up in (False, True)] == [False, False]
+
+
+def test_who_has_no_row_was_not_put_off() -> None:
+    scheduler = Scheduler(BlockManager(100, 16), max_tokens=16, max_sequences=1, max_model_len=64, max_waiting=9)
+    for name in ("runs", "waits"):
+        scheduler.add(Submit(name, (1,), 9, Sampling(seed=1)), b"router:1", 0.0)
+    assert scheduler.plan(decode_only=True).puts_off
+    plan = scheduler.plan()
+    scheduler.commit(plan.chunks, [7])
+    assert not scheduler.plan(decode_only=True).puts_off
 
 
 def test_the_scheduler_asks_it() -> None:

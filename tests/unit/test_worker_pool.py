@@ -80,7 +80,8 @@ class Site:
         monkeypatch.setattr(children, "time", clock)
         monkeypatch.setattr(pool_module, "Forks", Template)
         monkeypatch.setattr(pool_module, "POLL_MS", 0)
-        config = PoolConfig(run_dir=str(run_dir), standbys=2)
+        monkeypatch.setattr(pool_module, "usable_cores", lambda: 5.5)  # as a group's quota may be
+        config = PoolConfig(run_dir=str(run_dir), standbys=2, threads_max=3)
         make_run_dirs(config)
         self.pool = Pool(config, os.getppid())
         forks: Any = self.pool._forks
@@ -114,6 +115,11 @@ def test_a_standby_counts_once_it_is_there(site: Site) -> None:
     site.template.come(1)
     assert site.turn() == 2
     assert len(site.template.sockets) == 2
+
+
+def test_a_pool_says_what_its_ranks_share(site: Site) -> None:
+    status = site.pool._status()
+    assert (status.cores, status.threads_max) == (5, 3)
 
 
 def test_a_template_that_dies_again_and_again_ends_the_pool(site: Site) -> None:

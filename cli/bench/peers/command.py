@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from elasticmoe.cli.bench.peers.compare import Failure, Plan, Visit, compare, load_rows, server_rows
+from elasticmoe.cli.bench.recipes import sized
 from elasticmoe.cli.bench.report import provenance, table, write_raw
 from elasticmoe.cli.console import make_console
 from elasticmoe.cli.paths import home_dir
@@ -41,7 +42,7 @@ def _compare(args: argparse.Namespace) -> int:
     plan = Plan(args.concurrency, args.prompt_tokens, args.output_tokens, args.requests_per_client, args.rounds)
     results: list[dict[str, Any]] = []
     data = {"provenance": provenance(" ".join(["elasticmoe", *sys.argv[1:]])), "results": results}
-    sizes = [(replicas, tp) for tp in sorted({1, args.tp}) for replicas in args.replicas]
+    sizes = [sized(replicas, tp) for tp in sorted({1, args.tp}) for replicas in args.replicas]
     path, num_failed = args.output, 0
     for name in args.models.split(","):
         with make_console() as console:
@@ -49,7 +50,7 @@ def _compare(args: argparse.Namespace) -> int:
         visits: list[Visit] = []
         failures: list[Failure] = []
         results.append({"model": model.name, "visits": visits, "failures": failures})
-        for found in compare(model.path, args.peers, sizes, plan, home_dir() / "peers"):
+        for found in compare(model.path, args.peers, args.recipes or sizes, plan, home_dir() / "peers"):
             if isinstance(found, Failure):
                 failures.append(found)
             else:

@@ -24,11 +24,12 @@ from elasticmoe.cli.bench.peers.environment import Environment, own_variables
 from elasticmoe.cli.bench.peers.installation import converted, made
 from elasticmoe.cli.bench.peers.interference import Interference, Meter
 from elasticmoe.cli.bench.peers.server import PeerServer, free_port
+from elasticmoe.cli.bench.recipes import Recipe
 from elasticmoe.cli.bench.steady import Figures, figures
 from elasticmoe.cli.load.endpoint import Shape
 from elasticmoe.cli.settings import importing_environment
 from elasticmoe.cli.terminal import say
-from elasticmoe.common.devices.names import DeviceCount
+from elasticmoe.common.config import environment_of
 
 PREFILL = "prefill"
 WRONG_LENGTH = "wrong_length"  # an answer that is whole, and has other than the tokens that were asked for
@@ -97,12 +98,12 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 def compare(
-    checkpoint: Path, engines: Sequence[Engine], sizes: Sequence[tuple[int, int]], plan: Plan, home: Path
+    checkpoint: Path, engines: Sequence[Engine], ours: Sequence[Recipe], plan: Plan, home: Path
 ) -> Iterator[Visit | Failure]:
-    """Measure them all; each visit is told as soon as it is over. `sizes`: of ours, replicas and ranks of each.
+    """Measure them all, `ours` first; each visit is told as soon as it is over.
     Environments are kept under `home`. An engine that cannot be installed has failed in the first round."""
     with ExitStack() as stack:
-        contestants = [_ours(checkpoint, *size) for size in sizes]
+        contestants = [_ours(checkpoint, recipe) for recipe in ours]
         for engine in engines:
             say(f"{engine.title}: installing it unless it is there, in {home}")
             try:
@@ -116,16 +117,14 @@ def compare(
         yield from visits(contestants, plan, home)
 
 
-def _ours(checkpoint: Path, replicas: int, tp: int) -> Contestant:
+def _ours(checkpoint: Path, recipe: Recipe) -> Contestant:
     def launch(port: int, folder: Path) -> tuple[Launch, dict[str, str]]:
-        devices = str(DeviceCount("host", replicas * tp))
-        size = ("--replicas", str(replicas), "--tp", str(tp), "--devices", devices)
+        size = ("--replicas", str(recipe.replicas), "--tp", str(recipe.tp), "--devices", recipe.devices)
         where = ("--port", str(port), "--admin-port", "0", "--run-dir", str(folder / "run"))
         argv = (*COMMAND, "up", "--model", str(checkpoint), *size, *where)
-        return Launch(argv, ready_path="/ready"), importing_environment()
+        return Launch(argv, ready_path="/ready"), importing_environment() | environment_of(dict(recipe.settings))
 
-    title = f"ElasticMoE, replicas: {replicas}"
-    return Contestant(title if tp == 1 else f"{title} of {tp} ranks", True, launch)
+    return Contestant(f"ElasticMoE, {recipe.name}", True, launch)
 
 
 def _theirs(engine: Engine, environment: Environment, model: Path, demand: Demand) -> Contestant:

@@ -17,6 +17,7 @@ import psutil
 
 from elasticmoe.cli.bench.peers.engine import Launch
 from elasticmoe.cli.bench.peers.environment import last_line
+from elasticmoe.cli.bench.peers.shared_memory import Segments
 from elasticmoe.cli.chat import first_model
 from elasticmoe.cli.children import tied_to_us
 from elasticmoe.cli.http import client as http_client
@@ -28,13 +29,14 @@ from elasticmoe.common.wording import counted
 
 START_S_MAX, LOAD_S_MAX = 600.0, 1_800.0
 _LOOK_S = 0.05
+_SEGMENTS_S = 1.0  # between looks at what it has mapped, which take some milliseconds each
 _ANSWER_S = 5.0
 _TERMINATE_S = 30.0
 
 
 class PeerServer:
-    """Owns the process and all that it starts, from its making until `close`. The process itself dies with the thread
-    that made it. `title`: how errors call it. `log`: where its output goes."""
+    """Owns the process, all that it starts, and what these have in /dev/shm, from its making until `close`. The process
+    itself dies with the thread that made it. `title`: how errors call it. `log`: where its output goes."""
 
     def __init__(self, title: str, launch: Launch, variables: Mapping[str, str], port: int, log: Path) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -43,7 +45,8 @@ class PeerServer:
         self._log = log
         self._known: set[psutil.Process] = set()
         self._is_closed = False
-        self._started = time.monotonic()
+        self._segments = Segments()
+        self._look_at = self._started = time.monotonic()
         with open(log, "wb") as file:
             self._popen = subprocess.Popen(
                 tied_to_us(launch.argv),
@@ -114,16 +117,18 @@ class PeerServer:
         return total
 
     def close(self) -> None:
-        """End it and all that it started. Idempotent."""
+        """End it and all that it started, and remove what they leave. Idempotent."""
         if self._is_closed:
             return
         try:
+            self._segments.look(self.processes() | self._session())
             if not self._has_ended():
                 self._root.send_signal(signal.SIGTERM)  # SIGINT may be ignored: background jobs of a shell inherit that
                 self._wait_ended(_TERMINATE_S)
         finally:
             self._is_closed = True
             self._kill()
+            self._segments.remove()
 
     def _kill(self) -> None:
         left = self._known | self.processes() | self._session()
@@ -162,9 +167,12 @@ class PeerServer:
             return False
 
     def _check(self, problem: str) -> None:
-        self.processes()
+        processes = self.processes()
         if self._has_ended():
             raise self._error("it ended")
+        if time.monotonic() > self._look_at:  # it may end by itself
+            self._look_at = time.monotonic() + _SEGMENTS_S
+            self._segments.look(processes)
         if time.monotonic() - self._started > START_S_MAX:
             raise self._error(f"{problem} within {START_S_MAX:g} s")
 

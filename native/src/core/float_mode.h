@@ -20,6 +20,17 @@ inline uint32_t float_mode() {
 inline void set_float_mode(uint32_t mode) {
   _mm_setcsr(mode);
 }
+#elif defined(__aarch64__)
+// All of FPCR is mode: FZ and FZ16 take the smallest numbers for zero. What has happened is in FPSR.
+inline uint32_t float_mode() {
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return static_cast<uint32_t>(mode);
+}
+
+inline void set_float_mode(uint32_t mode) {
+  asm volatile("msr fpcr, %0" : : "r"(uint64_t{mode}));
+}
 #else
 inline uint32_t float_mode() {
   return 0;

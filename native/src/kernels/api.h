@@ -68,6 +68,8 @@ struct Linear {
   const float* bias;       // [num_cols]; may be null
   int64_t x_stride = 0;    // floats from row to row; 0: depth
   int64_t out_stride = 0;  // likewise; 0: num_cols
+  // Weights that are read next, whose beginning is fetched at the end of these; null: those that lie behind them.
+  const void* after = nullptr;
 };
 
 struct Norm {
@@ -173,9 +175,10 @@ struct Experts {
   Dtype dtype;
   int64_t hidden;
   int64_t width;
-  const float* gate;  // [hidden]: each row's output is multiplied by sigmoid(row · gate); may be null
-  float* out;         // may be `rows`, unless `add`
-  bool add;           // to out
+  const float* gate;            // [hidden]: each row's output is multiplied by sigmoid(row · gate); may be null
+  float* out;                   // may be `rows`, unless `add`
+  bool add;                     // to out
+  const void* after = nullptr;  // as in Linear, behind the last one's
 };
 
 // What experts do between their two products: silu of the first half of each row of `wide`, times the second half.

@@ -34,6 +34,17 @@ struct Ahead {
   int64_t lines = 0;
 };
 
+// Where what is fetched goes on behind a matrix: with `after`, where there is any, instead of what lies there.
+struct Behind {
+  const char* end = nullptr;
+  const char* after = nullptr;
+
+  const char* moved(const char* from, int64_t nbytes) const {
+    const char* to = from + nbytes;
+    return after == nullptr || from >= end || to < end ? to : after + (to - end);
+  }
+};
+
 template <typename T, int64_t kPart, int64_t kRows, int64_t kCols>
 inline void accumulate(F32 (&sums)[kRows][kCols], const float* x, const typename T::Element* w, int64_t w_stride) {
   F32 weights[kCols];
@@ -125,12 +136,12 @@ void dot_tile(const float* x, const typename T::Element* w, int64_t w_stride, in
 // kRows <= kTileRows rows against `num_cols` weights.
 template <typename T, int64_t kRows>
 void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols, int64_t depth,
-              float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
+              float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes, const Behind& behind) {
   constexpr int64_t kCols = tile_cols(kRows);
   int64_t n = 0;
   for (; n + kCols <= num_cols; n += kCols) {
     dot_tile<T, kRows, kCols>(x, w + n * w_stride, w_stride, depth, out + n, out_stride, add, ahead);
-    ahead.from += ahead_tile_bytes;
+    ahead.from = behind.moved(ahead.from, ahead_tile_bytes);
   }
   for (; n < num_cols; ++n) {
     dot_tile<T, kRows, 1>(x, w + n * w_stride, w_stride, depth, out + n, out_stride, add, {});
@@ -139,12 +150,13 @@ void dot_rows(const float* x, const typename T::Element* w, int64_t w_stride, in
 
 template <typename T>
 void dot_block(int64_t num_rows, const float* x, const typename T::Element* w, int64_t w_stride, int64_t num_cols,
-               int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes) {
-#define ELASTICMOE_ROWS(rows)                                                                            \
-  case rows:                                                                                             \
-    if constexpr (rows <= kTileRows) {                                                                   \
-      dot_rows<T, rows>(x, w, w_stride, num_cols, depth, out, out_stride, add, ahead, ahead_tile_bytes); \
-    }                                                                                                    \
+               int64_t depth, float* out, int64_t out_stride, bool add, Ahead ahead, int64_t ahead_tile_bytes,
+               const Behind& behind = {}) {
+#define ELASTICMOE_ROWS(rows)                                                                                    \
+  case rows:                                                                                                     \
+    if constexpr (rows <= kTileRows) {                                                                           \
+      dot_rows<T, rows>(x, w, w_stride, num_cols, depth, out, out_stride, add, ahead, ahead_tile_bytes, behind); \
+    }                                                                                                            \
     break
   switch (num_rows) {
     ELASTICMOE_ROWS(1);
@@ -192,18 +204,20 @@ void pack_rows(const float* x, int64_t x_stride, int64_t num_rows, int64_t depth
   pack_rows<T>([=](int64_t row) { return x + row * x_stride; }, num_rows, depth, to);
 }
 
-// out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w.
+// out[m, n] (+)= x[m] · w[n] for x from `pack_rows` and contiguous w. `after`: as in Linear.
 template <typename T>
 void vector_product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
-                    float* out, int64_t out_stride, bool add) {
+                    float* out, int64_t out_stride, bool add, const char* after) {
   if (num_rows == 0) return;
+  const char* w_end = reinterpret_cast<const char*>(w + num_cols * depth);
   const int64_t x_stride = packed_floats<T>(depth);
   const int64_t num_blocks = num_row_blocks(num_rows);
   const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(typename T::Element));
   if (num_blocks == 1) {  // each tile fetches what is kTilesAhead tiles after it
     const int64_t cols = tile_cols(num_rows);
-    const Ahead ahead{reinterpret_cast<const char*>(w + kTilesAhead * cols * depth), cols};
-    dot_block<T>(num_rows, x, w, depth, num_cols, depth, out, out_stride, add, ahead, cols * row_bytes);
+    const Behind behind{w_end, after};
+    const char* from = behind.moved(reinterpret_cast<const char*>(w), kTilesAhead * cols * row_bytes);
+    dot_block<T>(num_rows, x, w, depth, num_cols, depth, out, out_stride, add, {from, cols}, cols * row_bytes, behind);
     return;
   }
   int64_t panel = panel_bytes(num_blocks) / row_bytes / kPanelCols * kPanelCols;
@@ -212,12 +226,13 @@ void vector_product(const float* x, int64_t num_rows, const typename T::Element*
   for (int64_t n = 0; n < num_cols; n += panel) {
     const int64_t cols = num_cols - n < panel ? num_cols - n : panel;
     const char* next = reinterpret_cast<const char*>(w + (n + panel) * depth);
+    if (after != nullptr && next >= w_end) next = after;
     int64_t row = 0, fetched = 0;  // bytes of the next panel: each tile fetches its share
     for (int64_t block = 0; block < num_blocks; ++block) {
       const int64_t end = block_end(num_rows, block);
       const Ahead ahead = fetched < panel * row_bytes ? Ahead{next + fetched, lines} : Ahead{};
       dot_block<T>(end - row, x + row * x_stride, w + n * depth, depth, cols, depth, out + row * out_stride + n,
-                   out_stride, add, ahead, lines * row_bytes);
+                   out_stride, add, ahead, lines * row_bytes, {});
       fetched += cols / tile_cols(end - row) * lines * row_bytes;
       row = end;
     }

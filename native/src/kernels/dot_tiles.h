@@ -219,10 +219,10 @@ void multiply_panel(const Tiled& a, Ahead ahead) {
   }
 }
 
-// out[m, n] (+)= x[m] · w[n] for x from `tile_rows` and contiguous w.
+// out[m, n] (+)= x[m] · w[n] for x from `tile_rows` and contiguous w. `after`: as in Linear.
 template <int64_t kTerms>
 void tile_product(const float* x, int64_t num_rows, const uint16_t* w, int64_t num_cols, int64_t depth, float* out,
-                  int64_t out_stride, bool add) {
+                  int64_t out_stride, bool add, const char* after) {
   constexpr int64_t kPanel = kTiledOuts * kTile, kRows = kTiledRows<kTerms>;
   const int64_t block_bytes = tiled_steps(depth) * kTileElements * 2;
   int64_t together = kTiledBytes / block_bytes / 2 * 2;  // tiles of rows
@@ -241,7 +241,9 @@ void tile_product(const float* x, int64_t num_rows, const uint16_t* w, int64_t n
     const int64_t blocks = tiled_blocks<kTerms>(rows), passes = blocks / 2 * 2 + blocks % 2;
     for (int64_t n = 0; n < num_cols - odd; n += kPanel) {  // each fetches what the next one needs
       const int64_t outs = num_cols - odd - n < kPanel ? num_cols - odd - n : kPanel;
-      const Ahead ahead{reinterpret_cast<const char*>(w + (n + outs) * depth), (kPanel + passes - 1) / passes};
+      const bool is_last = after != nullptr && n + outs == num_cols - odd && row + rows == num_rows;
+      const char* next = is_last ? after : reinterpret_cast<const char*>(w + (n + outs) * depth);
+      const Ahead ahead{next, (kPanel + passes - 1) / passes};
       multiply_panel<kTerms>({w + n * depth, outs, depth, packed, rows, out + row * out_stride + n, out_stride, add},
                              ahead);
     }

@@ -20,7 +20,7 @@ void linear_as(const Linear& a) {
     }
   }
   product<T>(packed, a.num_rows, static_cast<const typename T::Element*>(a.w), a.num_cols, a.depth, a.out, out_stride,
-             a.add || a.bias != nullptr);
+             a.add || a.bias != nullptr, a.after);
 }
 
 // `product` for the way in which weights of that dtype are multiplied.
@@ -112,17 +112,25 @@ void experts_as(const Experts& a) {
   float* packed_wide = scratch(Scratch::kPackedWide, operand_floats<T>(most, a.width));
   const float* rows = a.rows;
   float* out = a.out;
-  for (int64_t expert = 0; expert < a.num_experts; ++expert) {
+  int64_t next = 0;  // expert that has rows
+  const auto find_next = [&] {
+    while (next < a.num_experts && a.counts[next] == 0) ++next;
+  };
+  find_next();
+  while (next < a.num_experts) {
+    const int64_t expert = next++;
+    find_next();
+    const void* after = next < a.num_experts ? a.w13 + next * a.w13_stride : a.after;
     const Element* w13 = reinterpret_cast<const Element*>(a.w13 + expert * a.w13_stride);
     const Element* w2 = reinterpret_cast<const Element*>(a.w2 + expert * a.w2_stride);
     for (int64_t left = a.counts[expert]; left > 0;) {
       const int64_t count = left < kRowsAtOnce ? left : kRowsAtOnce;
       float* packed = scratch(Scratch::kPacked, operand_floats<T>(count, a.hidden));
       make_operand<T>(rows, a.hidden, count, a.hidden, packed);
-      product<T>(packed, count, w13, 2 * a.width, a.hidden, wide, 2 * a.width, false);
+      product<T>(packed, count, w13, 2 * a.width, a.hidden, wide, 2 * a.width, false, w2);
       activate({wide, count, a.width, rows, a.hidden, a.gate});
       make_operand<T>(wide, 2 * a.width, count, a.width, packed_wide);
-      product<T>(packed_wide, count, w2, a.hidden, a.width, out, a.hidden, a.add);
+      product<T>(packed_wide, count, w2, a.hidden, a.width, out, a.hidden, a.add, left > count ? w13 : after);
       rows += count * a.hidden;
       out += count * a.hidden;
       left -= count;

@@ -39,16 +39,17 @@ void make_operand(const float* x, int64_t x_stride, int64_t num_rows, int64_t de
   pack_rows<T>(x, x_stride, num_rows, depth, to);
 }
 
-// out[m, n] (+)= x[m] · w[n] for x from `make_operand` and contiguous w.
+// out[m, n] (+)= x[m] · w[n] for x from `make_operand` and contiguous w. `after`: as in Linear.
 template <typename T>
 void product(const float* x, int64_t num_rows, const typename T::Element* w, int64_t num_cols, int64_t depth,
-             float* out, int64_t out_stride, bool add) {
+             float* out, int64_t out_stride, bool add, const void* after = nullptr) {
+  const char* next = static_cast<const char*>(after);
 #if defined(__AMX_BF16__)
   if constexpr (kOnTiles<T>) {
-    return tile_product<kTermsOf<T>>(x, num_rows, w, num_cols, depth, out, out_stride, add);
+    return tile_product<kTermsOf<T>>(x, num_rows, w, num_cols, depth, out, out_stride, add, next);
   }
 #endif
-  vector_product<T>(x, num_rows, w, num_cols, depth, out, out_stride, add);
+  vector_product<T>(x, num_rows, w, num_cols, depth, out, out_stride, add, next);
 }
 
 }  // namespace elasticmoe::kernels::ELASTICMOE_ISA

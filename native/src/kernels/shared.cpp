@@ -118,6 +118,10 @@ void linear(const Linear& a) {
       part.out = a.out + row * out_stride + from;
       part.x_stride = x_stride;
       part.out_stride = out_stride;
+      // Pieces are taken from the last one on: each thread's next is likely the one before those of the others.
+      if (piece >= threads) {
+        part.after = static_cast<const char*>(a.w) + blocks * (piece - threads) / pieces * kColumns * column_bytes;
+      }
       if (a.bias != nullptr) part.bias = a.bias + from;
       set.linear(part);
     });
@@ -149,6 +153,9 @@ void experts(const Experts& a) {
   }
   // Few experts do not come out even: what is left over is cut.
   const int64_t whole = hit < kPieces * threads ? hit / threads * threads : hit;
+  for (int64_t expert = threads; expert < whole; ++expert) {  // as pieces are taken
+    each[static_cast<size_t>(expert)].after = each[static_cast<size_t>(expert - threads)].w13;
+  }
   share(whole, [&](int64_t expert) { set.experts(each[static_cast<size_t>(expert)]); });
   for (int64_t expert = whole; expert < hit; ++expert) one_expert(each[static_cast<size_t>(expert)]);
 }

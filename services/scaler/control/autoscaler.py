@@ -172,6 +172,8 @@ class Autoscaler:
             kv_handle_tokens=facts.kv.blocks_per_handle * self._config.block_size,
             step_tokens_max=self._config.max_tokens_per_step,
             shares_cores=self._config.shares_cores,
+            cores=cluster.cores,
+            threads_max=cluster.threads_max,
             accepted=self._accepted,
             refused=self._refused,
         )

@@ -12,14 +12,17 @@ learned, and may be wrong: beside streams no step is more than twice as large as
 take so long that its rank, which tells nothing meanwhile, is taken for lost.
 
 Steps that others wait for take no prompts (ADR 14). Behind them all replicas have prompts at once, and each takes its
-part of what one alone would take, for a while.
+part of what one alone would take, for a while, as long as some of those that were put off are left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
+from collections.abc import Sequence as Seq
 from math import ceil, sqrt
 from typing import Final
+
+from elasticmoe.services.worker.engine.sequence import Sequence
 
 LEAST_TOKENS: Final = 128  # a step may have so many in any case
 BEARABLE_S: Final = 0.5  # a step with more lasts no longer while streams run, as far as is known
@@ -33,12 +36,14 @@ SHARE_OF_HIGHER: Final = 1 / 16  # where it took more: it may have waited for so
 
 class StepBudget:
     """Owned by the scheduler; a function of what it was told. `tokens_max`: of any step. `is_catching_up`: whether all
-    replicas have prompts that were put off."""
+    replicas may have prompts that were put off. `put_off`: of this one's prompts, those that were and still wait, by
+    their arrival."""
 
     def __init__(self, tokens_max: int) -> None:
         self._limit = self._prompt_max = tokens_max
         self._num_replicas = 1
         self.is_catching_up = False
+        self.put_off: set[int] = set()
         self.begin(1)
 
     def begin(self, num_replicas: int) -> None:
@@ -54,6 +59,26 @@ class StepBudget:
         self._last_s = 0.0  # that the last step took
         self._are_others = False  # in the last step
 
+    def note_prompts(
+        self,
+        running: Iterable[Sequence],
+        waiting: Iterable[Sequence],
+        without: Collection[Sequence],
+        *,
+        are_left_out: bool,
+    ) -> bool:
+        """What the next step could compute of prompts: those of `running` and `waiting` but not of `without`. Returns
+        whether it puts some off, because they are left out for its sake."""
+        if not (are_left_out or self.put_off):
+            return False
+        prompts = [s for s in running if len(s.tokens) - s.kv_len > 1]
+        arrivals = {s.arrival for s in (*prompts, *waiting) if s not in without}
+        if are_left_out:
+            self.put_off |= arrivals
+            return bool(arrivals)
+        self.put_off = self.put_off & arrivals if self.is_catching_up else set()
+        return False
+
     @property
     def is_fixed(self) -> bool:
         """Whether each step has the same."""
@@ -62,7 +87,7 @@ class StepBudget:
     @property
     def divides(self) -> bool:
         """Whether replicas divide what one may take."""
-        return self.is_catching_up and self._num_replicas > 1
+        return self.is_catching_up and self._num_replicas > 1 and bool(self.put_off)
 
     def note(self, num_prompt: int, num_tokens: int, total_tokens: int, seconds: float) -> None:
         """A step took `seconds`, with `total_tokens` of all replicas, of these `num_tokens` of this one, of these
@@ -87,7 +112,7 @@ class StepBudget:
         self._prompt_max = max(LEAST_TOKENS, num_prompt // 2)
         return True
 
-    def tokens(self, prompts: Sequence[float], num_decoding: int) -> int:
+    def tokens(self, prompts: Seq[float], num_decoding: int) -> int:
         """Tokens of the next step. `prompts`: those left of each, in their order; each of `num_decoding` streams is to
         get one besides."""
         if self.is_fixed or not prompts:

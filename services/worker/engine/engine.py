@@ -205,7 +205,7 @@ class Engine:
         batch = plan.batch if plan.batch is not None else self._batch(plan)
         logits = self._model.forward(batch, self._exchange)
         times = self._model.times
-        self.cost = StepCost(times.total_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)
+        self.cost = StepCost.of(times)
         self.scheduler.budget.note(plan.num_prompt, plan.num_tokens, total_tokens, times.total_ns / 1e9)
         return self._choose(plan.chunks, logits)
 

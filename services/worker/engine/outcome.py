@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from elasticmoe.common.protocol.errors import ElasticMoEError
 from elasticmoe.common.protocol.router import Delta, Failed, Logprob, Suspected
+from elasticmoe.services.worker.model.base import StepTimes
 
 
 class Choice(NamedTuple):
@@ -39,3 +40,8 @@ class StepCost(NamedTuple):
     math_ns: int
     exchange_ns: int
     wait_ns: int
+
+    @classmethod
+    def of(cls, times: StepTimes) -> StepCost:
+        """Of a forward pass."""
+        return cls(times.total_ns - times.exchange_ns, times.exchange_ns - times.wait_ns, times.wait_ns)

@@ -21,8 +21,9 @@ class Chunk(NamedTuple):
 class StepPlan(NamedTuple):
     """One step. `admitted` run from now on, each in a row of its own; `freed_rows` belonged to sequences that lost
     their blocks and wait again. Admissions and preemptions stand even if the step is given up. `is_decode_only`:
-    prompts were left out; `is_cut`: they have less than a step may have. `is_alone`: of one suspect, to be computed
-    only if no rank brings anything else; without any chunks where it is another rank's.
+    prompts were left out, if there were any; `puts_off`: there were; `is_cut`: they have less than a step may have.
+    `is_alone`: of one suspect, to be computed only if no rank brings anything else; without any chunks where it is
+    another rank's.
     `leaves_suspects`: some were left out, so that the step must be computed even if nobody has work for it. `moves`: of
     KV blocks, likewise; only where a replica has several ranks. `batch`: what is computed, where other ranks have been
     told of it."""
@@ -34,6 +35,7 @@ class StepPlan(NamedTuple):
     is_alone: bool = False
     leaves_suspects: bool = False
     is_cut: bool = False
+    puts_off: bool = False
     moves: Moves = ()
     batch: Batch | None = None
 
@@ -89,6 +91,8 @@ class Draft:
         is_alone: bool = False,
         leaves_suspects: bool = False,
         is_cut: bool = False,
+        puts_off: bool = False,
     ) -> StepPlan:
         """The plan."""
-        return StepPlan(self.chunks, self.admitted, self.freed_rows, is_decode_only, is_alone, leaves_suspects, is_cut)
+        flags = (is_decode_only, is_alone, leaves_suspects, is_cut, puts_off)
+        return StepPlan(self.chunks, self.admitted, self.freed_rows, *flags)

@@ -135,13 +135,18 @@ class Scheduler:
                 if draft.chunks:
                     return draft.finish(is_alone=True)
         left_out = suspects + self.unready if self.unready else suspects
+        waiting = self.waiting if self._free_rows else ()
+        puts_off = self.budget.note_prompts(self.running, waiting, left_out, are_left_out=decode_only)
         if not (decode_only or self.budget.is_fixed):
             draft.budget = min(draft.budget, self._tokens_of_step(left_out))
         self._draft_running(draft, left_out, decode_only=decode_only)
         if not decode_only:
             self._draft_waiting(draft, left_out)
         draft.subject = None
-        return draft.finish(is_decode_only=decode_only, leaves_suspects=bool(suspects), is_cut=self.budget.divides)
+        is_cut, leaves_suspects = self.budget.divides, bool(suspects)
+        return draft.finish(
+            is_decode_only=decode_only, leaves_suspects=leaves_suspects, is_cut=is_cut, puts_off=puts_off
+        )
 
     def _tokens_of_step(self, left_out: list[Sequence]) -> int:
         missing = [len(s.tokens) - s.kv_len for s in self.running if not (left_out and s in left_out)]

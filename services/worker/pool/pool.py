@@ -21,6 +21,7 @@ from contextlib import suppress
 from elasticmoe.common.config import PoolConfig
 from elasticmoe.common.failpoint import failpoint
 from elasticmoe.common.fence import Fence
+from elasticmoe.common.machine import usable_cores
 from elasticmoe.common.protocol import pool as pool_messages
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, InvalidRequest, NotFound, Unavailable
@@ -59,6 +60,7 @@ class Pool:
         """`launcher`: process id of the parent that takes in and reaps ranks; 0 where there is none. Raises Conflict
         when the pool's socket is in use, Unavailable where the file of seats finds no room."""
         self._config = config
+        self._cores = max(1, int(usable_cores()))  # as ranks count them, standby.py
         self._guardian = launcher or os.getpid()
         if not launcher:
             take_in_orphans()
@@ -296,7 +298,7 @@ class Pool:
     def _status(self) -> PoolStatus:
         ranks = tuple(child.describe(child.seat) for child in self._children if child.seat is not None)
         standbys = sum(child.seat is None and child.pid > 0 and child.channel is not None for child in self._children)
-        return PoolStatus(standbys, ranks, not self._config.standbys)
+        return PoolStatus(standbys, ranks, not self._config.standbys, self._cores, self._config.threads_max)
 
     def _start_rank(self, message: StartRank, fence: int) -> RankStarted:
         if message.rank.tp >= TP_MAX:

@@ -2,7 +2,7 @@
 
 Its loop is a rank's without requests: it hears the HMM, changes its memory, and meets the others at each step, to which
 it brings no tokens. It owns nothing that would be missed: who takes its seat maps the same shard and KV. It answers
-what every rank is asked, and no router.
+what every rank is asked, and no router: where its time goes it tells its leader (shares.py).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from elasticmoe.common.failpoint import failpoint
+from elasticmoe.common.layout import RankId
 from elasticmoe.common.protocol.codec import Message, Received
 from elasticmoe.common.protocol.errors import ElasticMoEError, InvalidRequest
 from elasticmoe.common.protocol.ids import CommandId
@@ -21,6 +22,7 @@ from elasticmoe.common.protocol.rank import (
     GetRankLoad,
     RankCommand,
     Submit,
+    TellShares,
     ToRank,
     Unwatch,
     Watch,
@@ -31,6 +33,7 @@ from elasticmoe.common.protocol.scaler import Integrity, RankLoad, RankReady
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.engine import kv_bytes
 from elasticmoe.services.worker.engine.failure import failure_of, is_shortage
+from elasticmoe.services.worker.engine.outcome import StepCost
 from elasticmoe.services.worker.exchange.base import StepAborted, StepTimedOut
 from elasticmoe.services.worker.exchange.board import ReplicaBoard, ReplicaPlan
 from elasticmoe.services.worker.model.batch import Batch
@@ -39,6 +42,7 @@ from elasticmoe.services.worker.model.weights import KvCache
 from elasticmoe.services.worker.rank.lockstep import STEP_MS_MAX
 from elasticmoe.services.worker.rank.loop import BUSY_MS, IDLE_MS, SeatLoop
 from elasticmoe.services.worker.rank.parts import SeatParts
+from elasticmoe.services.worker.rank.shares import Shares, SharesToLeader
 from elasticmoe.services.worker.rank.windows import FollowerWindows
 
 log = get_logger("rank")
@@ -62,9 +66,13 @@ class Follower(SeatLoop):
         self._board = board
         self._model = model
         self._kv = kv
-        push = parts.transport.connect_push("signals", parts.seat.incarnation)
+        seat, transport = parts.seat, parts.transport
+        push = transport.connect_push("signals", seat.incarnation)
         now = parts.clock.monotonic()
-        self._windows = FollowerWindows(parts.seat, push, parts.exchange.take_expert_rows, now)
+        self._windows = FollowerWindows(seat, push, parts.exchange.take_expert_rows, now)
+        self._shares = Shares(parts.clock)
+        leader = transport.connect_push(f"rank-{RankId(seat.rank.replica, 0)}", seat.incarnation)
+        self._shares_to_leader = SharesToLeader(self._shares, seat.rank.tp, leader)
         self._has_arrived = False  # at a barrier where not all are yet
         self._num_failed = 0  # steps in a row
         self._command: CommandId | None = None
@@ -72,6 +80,7 @@ class Follower(SeatLoop):
 
     def _close(self) -> None:
         self._windows.close()
+        self._shares_to_leader.close()
 
     def finish(self) -> None:
         """See SeatLoop. Nothing does."""
@@ -85,18 +94,22 @@ class Follower(SeatLoop):
     def turn(self, now: float) -> int:
         """See SeatLoop."""
         self._windows.turn(now, self._lockstep.epoch)
+        self._shares_to_leader.turn(now)
         if self._has_arrived:
             if now >= self._look_at:
                 self._look(self._server.poll(0), now)
         elif not self._prepare(now):
             self._leave_if_unneeded()
             return BUSY_MS if self._memory.is_changing else IDLE_MS
+        else:
+            self._shares.arrive()
         self._step()
         return 0
 
     def _prepare(self, now: float) -> bool:
         """All that comes before a step; whether there is one."""
         failpoint("rank.turn")
+        self._shares.begin()
         self._take_messages()
         if now >= self._look_at:
             self._look(self._server.poll(0), now)
@@ -113,6 +126,7 @@ class Follower(SeatLoop):
             self._lockstep.abort()
         self._has_arrived = total is None
         if total:
+            self._shares.meet()
             self._run(total)
 
     def _run(self, total_tokens: int) -> None:
@@ -125,6 +139,7 @@ class Follower(SeatLoop):
             for old, new in moves:
                 kv_bytes.copy_block(self._kv, old, new)
             self._model.forward(batch, exchange)
+            self._shares.end(StepCost.of(self._model.times))
             self._num_failed = 0
         except StepTimedOut:
             raise
@@ -186,7 +201,7 @@ class Follower(SeatLoop):
             if isinstance(body, Submit):
                 error = self._not_leading()
                 self._server.send(peer, Failed(body.request_id, error.code, error.message, error.retryable))
-            elif not isinstance(body, Cancel | Watch | Unwatch):
+            elif not isinstance(body, Cancel | Watch | Unwatch | TellShares):
                 self._server.send(peer, self._answer(message), seq=message.seq)
 
     def _not_leading(self) -> InvalidRequest:

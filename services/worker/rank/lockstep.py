@@ -36,7 +36,7 @@ FIRST_STEPS = 3  # urgent after ranks came in: the ranks that bring them work ne
 STEP_MS_MAX = 120_000.0  # a step that takes longer has a wedged rank in it
 HAND_OVER_STEPS = 2  # urgent: the one in which a sequence travels, and the one in which its next rank computes it
 HAND_OVERS_MAX = 8  # steps in a row that make others urgent so; then one takes prompts
-PUT_OFF_MAX = 8  # urgent steps whose prompts are caught up with, as many steps long
+PUT_OFF_MAX = 8  # urgent steps that put prompts off are caught up with, as many steps long
 # What a rank says at a meeting: how many tokens it brings, and
 ALONE = 1 << 31  # only if nobody else brings any
 HANDING = 1 << 30  # after this step it hands sequences over
@@ -76,8 +76,8 @@ class Lockstep:
         self._clock = clock
         self.generation = 0
         self._num_urgent = 0  # of the next steps
-        self._is_short = False  # the step that was planned last, for it was urgent
-        self._num_put_off = 0  # steps without prompts that have not been caught up with
+        self._is_short = False  # the step that was planned last: its prompts were put off
+        self._num_put_off = 0  # such steps that have not been caught up with
         self._num_handing = 0  # steps that were followed by hand-overs, since the last one that was not urgent
         self._has_run = False  # as a member
         self._num_staged = 0  # steps of this generation while another one was staged
@@ -137,8 +137,8 @@ class Lockstep:
 
     @property
     def is_catching_up(self) -> bool:
-        """Whether prompts have waited for urgent steps, with all replicas: they come a few at a time then, for all at
-        once would make one step as long as the pauses that were avoided."""
+        """Whether prompts of this rank have waited for urgent steps, and others' as well, as far as is known: they come
+        a few at a time then, for all at once would make one step as long as the pauses that were avoided."""
         return self._num_put_off > 0 and not self.is_urgent
 
     def hurry(self, num_steps: int) -> None:
@@ -152,11 +152,14 @@ class Lockstep:
         is_ready = generation and epoch in self._routings and self._exchange.prepare(generation)
         return generation if is_ready else 0
 
-    def meet(self, num_tokens: int, *, is_alone: bool = False, is_handing: bool = False) -> int | None:
+    def meet(
+        self, num_tokens: int, *, is_alone: bool = False, is_handing: bool = False, puts_off: bool = False
+    ) -> int | None:
         """Arrive at the step's barrier with `num_tokens` and wait for the others; the tokens of all ranks together, to
         be computed now; 0 when there is nothing to compute, be it that the ranks have flipped to a new layout.
         `is_alone`: no other rank's are to be computed with them. Whether the own ones are: `has_turn`. `is_handing`:
-        the rank hands sequences over after this step, so the next HAND_OVER_STEPS are urgent for all.
+        the rank hands sequences over after this step, so the next HAND_OVER_STEPS are urgent for all. `puts_off`: own
+        prompts were left out because the step is urgent.
 
         A rank that was asleep first arrives, then rings those that are not there yet. None: not all have come within
         MEET_MS; the arrival stands, and the same call goes on waiting. Raises StepAborted when the generation is over,
@@ -164,7 +167,7 @@ class Lockstep:
         """
         flags = self._flags
         if flags is None:
-            self._is_short = self.is_urgent
+            self._is_short = puts_off
             flags, self._deadline = self._staged(), self._clock.monotonic() + STEP_MS_MAX / 1e3
             self._num_staged += flags != 0
             wait_ms = MEET_MS if self.is_awake else 0.0

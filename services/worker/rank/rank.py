@@ -24,6 +24,7 @@ from elasticmoe.common.protocol.rank import (
     RankCommand,
     Reserve,
     Submit,
+    TellShares,
     ToRank,
     Unreserve,
     Unwatch,
@@ -31,7 +32,7 @@ from elasticmoe.common.protocol.rank import (
     Watch,
 )
 from elasticmoe.common.protocol.replies import Ack, refusal
-from elasticmoe.common.protocol.router import Delta, Failed, RankStatus, Tokens
+from elasticmoe.common.protocol.router import Delta, Failed, RankStatus, StepShares, Tokens
 from elasticmoe.common.protocol.scaler import Integrity, RankLoad, RankReady
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.worker.engine.adoption import adopt_rows
@@ -73,6 +74,7 @@ class Rank(SeatLoop):
             parts.seat, engine, parts.transport, watch=parts.server.watch, unwatch=parts.server.unwatch
         )
         self._shares = Shares(parts.clock)
+        self._followers: dict[int, StepShares] = {}  # by tp index, as they have told
         push = parts.transport.connect_push("signals", parts.seat.incarnation)
         self._windows = RankWindows(parts.seat, engine.scheduler, push, parts.exchange.take_expert_rows)
         self._welcome = Welcome()
@@ -167,7 +169,9 @@ class Rank(SeatLoop):
         """Meet the others with `plan`, and compute what all have brought."""
         total: int | None = 0
         try:
-            total = self._lockstep.meet(plan.num_said, is_alone=plan.is_alone, is_handing=self._is_handing)
+            total = self._lockstep.meet(
+                plan.num_said, is_alone=plan.is_alone, is_handing=self._is_handing, puts_off=plan.puts_off
+            )
         except StepAborted:  # before anything was computed here
             self._steps.end_unmet(plan)
         if total is None:
@@ -211,6 +215,8 @@ class Rank(SeatLoop):
                 self._times.forget(peer, body.request_id)
             elif isinstance(body, VocabularyPiece):
                 self._engine.grammars.take(body, self._memory.spec.vocab)
+            elif isinstance(body, TellShares):
+                self._followers[body.shares.tp] = body.shares
             elif isinstance(body, Watch):
                 self._watchers.add(peer)
                 self._last_status = None
@@ -299,7 +305,7 @@ class Rank(SeatLoop):
     def _send_status(self, now: float) -> None:
         if not self._watchers or (self._last_status is not None and now - self._status_at < STATUS_S):
             return
-        scheduler = self._engine.scheduler
+        scheduler, own = self._engine.scheduler, self._shares.told(0)
         status = RankStatus(
             rank=self._seat.rank,
             incarnation=self._seat.incarnation,
@@ -310,10 +316,11 @@ class Rank(SeatLoop):
             blocks_free=scheduler.blocks.num_free,
             blocks_total=scheduler.blocks.num_blocks,
             max_model_len=scheduler.capacity_tokens,
-            share_overhead=round(self._shares.overhead, 4),
-            share_waiting=round(self._shares.waiting, 4),
+            share_overhead=own.overhead,
+            share_waiting=own.waiting,
             is_leaving=self._migration.is_leaving,
             recomputed=scheduler.recomputed + self._steps.num_discarded,
+            followers=tuple(self._followers[tp] for tp in sorted(self._followers)),
         )
         if now - self._status_at < SAME_STATUS_S and self._is_told(status):
             return

@@ -1,17 +1,24 @@
-"""Where a rank's time goes, as routers are told."""
+"""Where a rank's time goes, as routers are told: by leaders, also of what their followers tell them."""
 
 from __future__ import annotations
 
+from typing import Final
+
 from elasticmoe.common.clock import Clock
+from elasticmoe.common.endpoints import PushEnd
+from elasticmoe.common.protocol.rank import TellShares
+from elasticmoe.common.protocol.router import StepShares
 from elasticmoe.services.worker.engine.outcome import StepCost
 
 SMOOTHING = 0.05
+TELL_S: Final = 0.5  # a follower tells its leader at most this often
 
 
 class Shares:
     """Of the time from a turn's beginning to the end of its step, smoothed over many. Owned by the rank's thread.
 
-    `overhead`: neither in the model nor waiting. `waiting`: for other ranks, at the barrier or in the exchange.
+    `overhead`: neither in the model nor waiting. `waiting`: for other ranks, at the barrier or in the exchange; a
+    follower waits at the barrier for its leader's plan, too. The rest was spent in the model.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -41,3 +48,36 @@ class Shares:
         self.waiting += SMOOTHING * (waiting - self.waiting)
         self.overhead += SMOOTHING * (1.0 - cost.math_ns / took - waiting - self.overhead)
         return took / 1e9
+
+    def told(self, tp: int) -> StepShares:
+        """As others are told them, of the rank with this tp index."""
+        return StepShares(tp, round(self.overhead, 4), round(self.waiting, 4))
+
+
+class SharesToLeader:
+    """Tells a follower's shares to its leader, which tells them to routers with its own. Owned by the rank's thread.
+    `end` leads to the leader, and is closed by `close`. What it cannot take now is told in the next TELL_S.
+
+    Nothing blocks, and nothing is sent where no steps are taken.
+    """
+
+    def __init__(self, shares: Shares, tp: int, end: PushEnd) -> None:
+        self._shares = shares
+        self._tp = tp
+        self._end = end
+        self._told = shares.told(tp)
+        self._tell_at = 0.0
+
+    def turn(self, now: float) -> None:
+        """Tell them if they have changed, and it is time."""
+        if now < self._tell_at:
+            return
+        shares = self._shares.told(self._tp)
+        if shares != self._told:
+            self._tell_at = now + TELL_S
+            if self._end.push(TellShares(shares)):
+                self._told = shares
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        self._end.close()
