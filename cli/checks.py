@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -31,7 +32,7 @@ from elasticmoe.common.devices.names import hardware_of
 from elasticmoe.common.families import load_spec
 from elasticmoe.common.layout import Layout, initial_layout
 from elasticmoe.common.machine import available_bytes
-from elasticmoe.common.protocol.errors import DoesNotFit, InvalidRequest, Unavailable
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, InvalidRequest, Unavailable
 from elasticmoe.common.protocol.hmm import LoadModel
 from elasticmoe.common.seat_sizes import size_ledger, size_mailbox
 from elasticmoe.common.wording import counted
@@ -87,17 +88,20 @@ def layout_left(settings: Settings) -> Layout | None:
         store.close()
 
 
-def check_memory(settings: Settings, model: Path) -> None:
-    """The model fits into the devices, by the HMM's own arithmetic, and they into the machine. Raises DoesNotFit with
-    the figures, CheckpointError when config.json describes no model that can be served."""
+def check_memory(settings: Settings, model: Path) -> list[str]:
+    """The model fits into the devices, by the HMM's own arithmetic, and they into the machine. Gives what there is to
+    remark, one line each: devices that cannot be used, and that the first layout does without, as the HMM will.
+
+    Raises DoesNotFit with the figures, CheckpointError when config.json describes no model that can be served;
+    DeviceError where a device of the first layout cannot be used.
+    """
     scaler, available = settings.scaler, available_bytes()
     spec = load_spec(model, scaler.dtype, scaler.tp)
-    told = _memory_told(settings)
+    used = scaler.device_count.names()[: scaler.replicas * scaler.tp]
+    told, failed = _memory_told(settings, used)
     budgets = budgets_of(settings.hmm, available, told)
     if short := _short(budgets, told):
         raise DoesNotFit(short, code="out_of_memory")
-    devices = scaler.device_count.names()
-    used = devices[: scaler.replicas * scaler.tp]
     load = load_of(scaler, spec, initial_layout(spec.num_experts_by_layer, used, tp=scaler.tp))
     try:
         sizes = size_load(load, spec, budgets, _granularity(settings))
@@ -107,7 +111,7 @@ def check_memory(settings: Settings, model: Path) -> None:
         share = _share(available) if of is None else _share(of.total, f"{small.device} has")
         raise DoesNotFit(f"{needs} {_limit(settings, small, share)}", code="out_of_memory") from None
     if told:  # the machine's memory is not what these devices have
-        return
+        return [f"{name} cannot be used, and is left out: {reason}" for name, reason in failed.items()]
     kv_min = needs_of(load, spec, sizes.kv, _granularity(settings)).kv_handles_min * sizes.kv.handle_bytes
     most = max(sizes.devices.values(), key=lambda device: device.weights_bytes)
     needed = len(used) * (most.weights_bytes + most.ledger_bytes + most.mailbox_bytes + kv_min)
@@ -118,23 +122,45 @@ def check_memory(settings: Settings, model: Path) -> None:
             f"more than {_share(available)}; a smaller --max-model-len or --max-sequences takes less",
             code="out_of_memory",
         )
+    return []
 
 
-def _memory_told(settings: Settings) -> dict[str, MemoryInfo]:
-    """What drivers say of the devices' memory; empty where that is the machine's. A process of its own asks: whoever
-    asks a driver has some of a device's memory until it ends. Waits a while for what others are about to give back.
-    Raises DeviceError, DeadlineExceeded."""
+class _Told(NamedTuple):
+    """What drivers say of the devices' memory, and of those that cannot be used, why. Both are empty where the memory
+    is the machine's."""
+
+    memory: dict[str, MemoryInfo]
+    failed: dict[str, str]
+
+
+def _memory_told(settings: Settings, needed: Sequence[str]) -> _Told:
+    """A process of its own asks: whoever asks a driver has some of a device's memory until it ends. Waits a while for
+    what others are about to give back. Raises DeviceError where a `needed` device cannot be used; DeadlineExceeded."""
     devices = settings.scaler.device_count
     if devices.backend == "host":
-        return {}
+        return _Told({}, {})
     names = devices.names()
     with TestProcess(names[0]) as process:
         deadline = time.monotonic() + _GIVEN_BACK_S
         while True:
-            told = {name: MemoryInfo(*bytes_) for name, bytes_ in process.ask("memory", names).items()}
-            if not _short(budgets_of(settings.hmm, 0, told), told) or time.monotonic() > deadline:
+            told = _ask_each(process, names, needed)
+            is_short = _short(budgets_of(settings.hmm, 0, told.memory), told.memory)
+            if not is_short or time.monotonic() > deadline:
                 return told
             time.sleep(_POLL_S)
+
+
+def _ask_each(process: TestProcess, names: Sequence[str], needed: Sequence[str]) -> _Told:
+    told = _Told({}, {})
+    for name in names:
+        try:
+            told.memory[name] = MemoryInfo(*process.ask("memory", [name])[name])
+        except DeviceError as error:
+            process.ask("memory", [])  # which raises where it is the process that has ended
+            if name in needed:
+                raise DeviceError(f"{name} cannot be used: {error.message}", code=error.code) from None
+            told.failed[name] = error.message
+    return told
 
 
 def _short(budgets: Mapping[str, int], told: Mapping[str, MemoryInfo]) -> str:

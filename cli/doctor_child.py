@@ -140,8 +140,10 @@ class Tester:
         return None, None
 
     def admit(self, numbers: list[int]) -> Answered:
-        """Let processes import what is exported."""
+        """Let processes import what is held."""
         self._device.admit(numbers)
+        for handle, _ in self._held:
+            self._device.export(handle)
         return None, None
 
     def export(self, at: int) -> Answered:

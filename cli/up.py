@@ -176,7 +176,8 @@ def _with_model(resolved: settings.Settings, console: Console) -> settings.Setti
         resolved = resolved.replace(devices=_devices(resolved, model.path))
     if remarks := checks.check_checkpoint(resolved, model.path):
         console.line("warning: " + "; ".join(remarks))
-    checks.check_memory(resolved, model.path)
+    for remark in checks.check_memory(resolved, model.path):
+        console.line(f"warning: {remark}")
     return resolved
 
 

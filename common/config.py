@@ -193,6 +193,12 @@ def keep_torch_alone() -> None:
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
 
 
+def keep_nccl_from_registering() -> None:
+    """Let nccl, of which this process is about to make a group, keep no addresses of what is captured with it: memory
+    may be mapped anew there, and a registration of what was there before hangs."""
+    os.environ["NCCL_GRAPH_REGISTER"] = "0"
+
+
 def defaults() -> dict[str, Any]:
     """The default of every setting that has one, by its name."""
     fields = (field for struct in CONFIGS for field in msgspec.structs.fields(struct))

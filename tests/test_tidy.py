@@ -334,6 +334,7 @@ _FOREIGN = {
     "configuration_mixtral.py",
     "configuration_qwen3_moe.py",
     "convert_hf_to_gguf.py",
+    "distributed_c10d.py",
     "llama.cpp",
     "page.md",
     "xxhash_spec.md",

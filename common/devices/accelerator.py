@@ -32,14 +32,15 @@ _STAGED_BYTES = 8 << 20  # of a file that are on their way to a device at once
 
 
 class Memory:
-    """A handle's memory. `number`: the driver's handle; `shared`: what it was exported as, None before; `places`:
-    addresses where it is mapped writable, by this owner."""
+    """A handle's memory. `number`: the driver's handle; `shared`: what it was exported as, None before; `admitted`:
+    who may import that, where its driver asks; `places`: addresses where it is mapped writable, by this owner."""
 
-    __slots__ = ("number", "places", "shared")
+    __slots__ = ("admitted", "number", "places", "shared")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.shared: int | None = None
+        self.admitted: Sequence[int] = ()
         self.places: list[int] = []
 
 
@@ -49,21 +50,30 @@ class _Copied(Completion):
     def __init__(self, driver: Driver, device: int, event: int) -> None:
         self._driver, self._device = driver, device
         self._event: int | None = event
+        self._error: ElasticMoEError | None = None
 
     def is_done(self) -> bool:
         if self._event is not None and self._ask(self._driver.is_done, self._event):
             self._end()
+        if self._error is not None:
+            raise self._error
         return self._event is None
 
     def wait(self) -> None:
         if self._event is not None:
-            self._ask(self._driver.wait, self._event)
-            self._end()
+            try:
+                self._ask(self._driver.wait, self._event)
+            except ElasticMoEError as error:  # nobody waits again; who asks hears it again
+                self._error = error
+            finally:
+                self._end()
+        if self._error is not None:
+            raise self._error
 
     def _end(self) -> None:
         event, self._event = self._event, None
         if event is not None:
-            with suppress(Lost):
+            with suppress(ElasticMoEError):  # what was copied is there all the same
                 self._ask(self._driver.forget, event)
 
     def _ask(self, call: Callable[[int, int], T], event: int) -> T:
@@ -261,13 +271,13 @@ class AcceleratorDevice(Device):
 
     def _map_many(self, range_: Range, parts: list[tuple[int, Handle]], writable: bool, populate: bool) -> None:
         del populate  # a device's page tables are made when it is mapped
-        self._ask(self._driver.map, [(range_.address(at), part.nbytes, part.backing.number) for at, part in parts])
+        places = [(range_.address(at), part.nbytes, part.backing.number) for at, part in parts]
+        self._ask(self._driver.map, places)
         try:
             for begin, end in _runs(parts):
                 self._ask(self._driver.allow, range_.address(begin), end - begin, writable)
         except BaseException:
-            for offset, handle in parts:
-                self._attempt(self._driver.unmap, range_.address(offset), handle.nbytes)
+            self._attempt(self._driver.undo, places)
             raise
         for offset, handle in parts:
             memory: Memory = handle.backing

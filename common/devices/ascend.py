@@ -1,4 +1,5 @@
 """The backend `npu`: Ascend NPUs, by the memory calls of AscendCL (`libascendcl.so`, CANN 8.0.RC3 and later).
+Longer than other files because the vendor's numbers and declarations are beside the calls.
 
 Source of every call: the vendor's `acl/acl_rt.h`, and the pages "aclrtReserveMemAddress" to
 "aclrtMemSetPidToShareableHandle" of the CANN application development reference. `tests/devices/rules/ascend.toml` lists
@@ -23,8 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
 from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import Handle, KeyToken, Space, Token
-from elasticmoe.common.devices.torch_devices import queue_of
-from elasticmoe.common.protocol.errors import DeviceError
+from elasticmoe.common.devices.torch_devices import fence_torch, queue_of
+from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError
 from elasticmoe.common.wording import counted
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 _REPEATED_INIT: Final = 100002  # another library of this process, such as torch_npu, was first
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # aclrtMemcpyKind
+_QUEUED_ALIGN: Final = 64  # bytes, of both ends of what aclrtMemcpyAsync copies (its page); aclrtMemcpy asks none
 _DEFAULT_SHARE: Final = 1  # ACL_MEM_SHARE_HANDLE_TYPE_DEFAULT
 _HBM: Final = 1  # aclrtMemAttr: ACL_HBM_MEM, pages of every size
 _COMPLETE: Final = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE
@@ -126,6 +128,10 @@ _HINT: Final = "install CANN's runtime and its driver, and source CANN's set_env
 UNREACHED: Final = "name NPUs in --devices that can"  # no other exchange helps: nothing can be copied between them
 
 
+def _can_be_queued(dst: int, src: int) -> bool:
+    return (dst | src) % _QUEUED_ALIGN == 0
+
+
 class _AclDriver(Driver):
     """AscendCL in this process. A thread's calls concern the device that it has set (aclrtSetDevice), and torch_npu
     sets devices too: so each method says its own first."""
@@ -136,7 +142,11 @@ class _AclDriver(Driver):
         self._streams: dict[int, int] = {}  # of each device that is open
         self._thread = threading.local()
         self._peers: set[tuple[int, int]] = set()
-        if (answer := self.library.ask("aclInit", None)) not in (0, _REPEATED_INIT):
+        self._letting_in = threading.Lock()
+        answer = self.library.ask("aclInit", None)
+        if answer == _REPEATED_INIT:
+            self.library.told("aclInit", answer)  # takes words that the next refusal would be told with
+        elif answer:
             self.library.refuse("aclInit", answer)
         self.is_newer = all(map(self.library.has, NEWER_CALLS))  # version 2 of the calls that share
 
@@ -208,10 +218,11 @@ class _AclDriver(Driver):
     def map(self, device: int, parts: Sequence[tuple[int, int, int]]) -> None:
         self._set(device)
         for at, (address, nbytes, handle) in enumerate(parts):
-            if answer := self.library.ask("aclrtMapMem", address, nbytes, 0, handle, 0):
-                for done, _, _ in parts[:at]:
-                    self.library.call("aclrtUnmapMem", done)
-                self.library.refuse("aclrtMapMem", answer)
+            try:
+                self.library.call("aclrtMapMem", address, nbytes, 0, handle, 0)
+            except ElasticMoEError:
+                self.undo(device, parts[:at])
+                raise
 
     def allow(self, device: int, address: int, nbytes: int, writable: bool) -> None:
         """Mapped memory may be read and written at once: AscendCL narrows no access of a device."""
@@ -222,7 +233,7 @@ class _AclDriver(Driver):
 
     def export(self, device: int, handle: int) -> int:
         """The number by which admitted processes import the handle. Once per handle."""
-        self._set(device)
+        self._set_once(device)
         key = c_uint64()
         if self.is_newer:
             self.library.call("aclrtMemExportToShareableHandleV2", handle, 0, _DEFAULT_SHARE, byref(key))
@@ -233,7 +244,7 @@ class _AclDriver(Driver):
     def admit(self, device: int, keys: Iterable[int], importers: Sequence[int]) -> None:
         """Let processes that have started import what was exported as `keys`: by their numbers on the machine, as
         their `own_number` says."""
-        self._set(device)
+        self._set_once(device)
         numbers, num = (c_int32 * len(importers))(*importers), len(importers)
         for key in keys:
             if self.is_newer:
@@ -250,7 +261,8 @@ class _AclDriver(Driver):
         return number.value
 
     def _set_once(self, device: int) -> None:
-        """For what a thread of one device asks for thousands of times: a rank's, where torch_npu sets no other one."""
+        """For what is asked for thousands of times, in threads where torch_npu sets no other device: a rank's own, and
+        an owner's, which has no torch."""
         if getattr(self._thread, "device", None) != device:
             self._set(device)
 
@@ -270,29 +282,45 @@ class _AclDriver(Driver):
         self._set(device)
         self.library.call("aclrtMemset", address, nbytes, 0, nbytes)
 
-    def _copy(self, device: int, parts: Sequence[CopyPart]) -> int:
+    def _copy(self, device: int, parts: Sequence[CopyPart]) -> None:
         self._set(device)
-        stream, event = self._streams[device], c_void_p()
+        stream = self._streams[device]
         for part in parts:
             for peer in {part.dst_device, part.src_device} - {device}:
                 self._let_in(device, peer)
             dst, src, nbytes = part[:3]
-            self.library.call("aclrtMemcpyAsync", dst, nbytes, src, nbytes, _DEVICE_TO_DEVICE, stream)
+            if _can_be_queued(dst, src):
+                self.library.call("aclrtMemcpyAsync", dst, nbytes, src, nbytes, _DEVICE_TO_DEVICE, stream)
+            else:
+                self.library.call("aclrtMemcpy", dst, nbytes, src, nbytes, _DEVICE_TO_DEVICE)
+
+    def _create_event(self, device: int) -> int:
+        self._set(device)
+        event = c_void_p()
         self.library.call("aclrtCreateEvent", byref(event))
-        self.library.call("aclrtRecordEvent", event, stream)
         return event.value or 0
 
+    def _record(self, device: int, event: int) -> None:
+        self._set(device)
+        self.library.call("aclrtRecordEvent", event, self._streams[device])
+
     def queue_copy(self, device: int, target: int, source: int, nbytes: int, queue: int | None) -> None:
-        """Begin to copy on the stream `queue`; without one, copy. Devices of imported memory are let in already: the
-        driver does that with the import."""
+        """Begin to copy on the stream `queue`; without one, or where the ends cannot be queued, copy. Devices of
+        imported memory are let in already: the driver does that with the import."""
         self._set_once(device)
         stream = self._streams[device] if queue is None else queue
+        if not _can_be_queued(target, source):
+            self.library.call("aclrtSynchronizeStream", stream)
+            self.library.call("aclrtMemcpy", target, nbytes, source, nbytes, _DEVICE_TO_DEVICE)
+            return
         self.library.call("aclrtMemcpyAsync", target, nbytes, source, nbytes, _DEVICE_TO_DEVICE, stream)
         if queue is None:
             self.library.call("aclrtSynchronizeStream", stream)
 
     def _let_in(self, device: int, peer: int) -> None:
-        if (device, peer) not in self._peers:
+        with self._letting_in:  # once: no page says what a driver answers the second time
+            if (device, peer) in self._peers:
+                return
             if not self.can_access(device, peer):
                 text = f"npu:{device} cannot access the memory of npu:{peer}, and nothing can be copied between them"
                 raise DeviceError(f"{text}: {UNREACHED}", code="no_peer_access")
@@ -356,17 +384,25 @@ class AscendDevice(AcceleratorDevice):
             queue = queue_of(target.device)
             self._driver.queue_copy(self._index, target.data_ptr(), source.data_ptr(), nbytes, queue)
 
+    def fence(self) -> None:
+        """Also of what torch_npu holds back: a kernel that the driver was not given yet may read what is to be
+        unmapped. It hands over what it has for all devices."""
+        if not self.failure:
+            try:
+                fence_torch(self.torch_device.format(index=self._index))
+            except DeviceError as error:  # as where the driver cannot wait
+                self._driver.fail(self._index, error.message)
+        super().fence()
+
     @classmethod
     def importer_number(cls, index: int) -> int:
         """What the driver calls this process (aclrtDeviceGetBareTgid)."""
         return cls._of_this_process().own_number(index)
 
     def admit(self, importers: Sequence[int]) -> None:
-        """To all that is exported, now and later: the driver keeps a list for each handle."""
+        """The driver keeps a list for each handle: it is asked as each is exported, anew where that was before."""
         self._check_open()
-        self._importers = tuple(importers)
-        keys = [handle.backing.shared for handle in self._local if handle.backing.shared is not None]
-        self._ask(self._driver.admit, keys, self._importers)
+        self._importers = (*importers,)  # another value, whatever the numbers: they may be of other processes
 
     def _admit_to(self, handle: Handle, importers: Sequence[int]) -> None:
         shared = handle.backing.shared
@@ -381,8 +417,9 @@ class AscendDevice(AcceleratorDevice):
         memory: Memory = handle.backing
         if memory.shared is None:
             memory.shared = self._ask(self._driver.export, memory.number)
-            if self._importers:
-                self._ask(self._driver.admit, [memory.shared], self._importers)
+        if self._importers and memory.admitted is not self._importers:
+            self._ask(self._driver.admit, [memory.shared], self._importers)
+            memory.admitted = self._importers
         return KeyToken(memory.shared, handle.nbytes)
 
     def _identity(self, token: Token) -> Hashable:

@@ -41,6 +41,7 @@ from elasticmoe.common.devices.driver import Lost, MemoryInfo
 from elasticmoe.common.devices.handles import Handles
 from elasticmoe.common.devices.rules import Completion, FdToken, Handle, KeyToken, ProcessRules, Range, Space, Token
 from elasticmoe.common.devices.torch_devices import open_torch
+from elasticmoe.common.protocol.errors import ElasticMoEError
 
 if TYPE_CHECKING:
     import torch
@@ -157,14 +158,36 @@ class Device(Handles):
         self._rules.add_mappings(range_, ordered, writable)
 
     def unmap(self, range_: Range, offset: int) -> None:
-        """Undo one mapping: the one that begins at `offset`. Fences first, so no operation of this process is in
-        flight; that other threads and processes have stopped to use it is the caller's to know. Raises DeviceError
-        not_mapped, and one where the backend cannot: it stays mapped then."""
-        self._check_range(range_)
-        mapping = range_.mappings.get(offset)
-        if mapping is None:
-            raise self._broken(f"no mapping begins at {offset}", code="not_mapped")
+        """Undo the mapping that begins at `offset`. Raises as `unmap_many` does."""
+        self.unmap_many([(range_, offset)])
+
+    def unmap_many(self, parts: Sequence[tuple[Range, int]]) -> None:
+        """Undo mappings: those that begin at these offsets of their ranges. Fences first, once, so no operation of this
+        process is in flight; that other threads and processes have stopped to use them is the caller's to know.
+
+        Raises DeviceError not_mapped, and none is undone then; the first one where the backend cannot undo some: these
+        stay mapped, and all others are not.
+        """
+        for range_, offset in parts:
+            self._check_range(range_)
+            if offset not in range_.mappings:
+                raise self._broken(f"no mapping begins at {offset}", code="not_mapped")
+        if len(set(parts)) < len(parts):
+            raise self._broken("a mapping is to be undone twice", code="not_mapped")
+        if not parts:
+            return
         self.fence()
+        refusals = []
+        for part in parts:
+            try:
+                self._undo(*part)
+            except ElasticMoEError as error:
+                refusals.append(error)
+        if refusals:
+            raise refusals[0]
+
+    def _undo(self, range_: Range, offset: int) -> None:
+        mapping = range_.mappings[offset]
         self._rules.drop_mapping(range_, offset)  # first: no other thread may find it mapped from here on
         try:
             self._unmap(range_, offset, mapping.handle.nbytes)

@@ -2,6 +2,7 @@
 
 Source of every call: the vendor's `cuda.h`, and the pages "Virtual Memory Management" of the CUDA driver API.
 `tests/devices/rules/cuda.toml` lists the rules with their sources. What has run on hardware: `docs/cuda.md`.
+Longer than other files because the vendor's numbers, declarations and calls are in one.
 
 - A share token is a descriptor (CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR) of one handle, and a key: descriptors of
   several handles look the same to whoever gets them.
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, Final
 from elasticmoe.common.devices.accelerator import AcceleratorDevice, Memory
 from elasticmoe.common.devices.driver import CopyPart, Driver, Library, Lost, Meaning, MemoryInfo
 from elasticmoe.common.devices.rules import FdToken, Handle, Space, Token
-from elasticmoe.common.protocol.errors import DeviceError, Unavailable
+from elasticmoe.common.protocol.errors import DeviceError, ElasticMoEError, Unavailable
 from elasticmoe.common.wording import counted
 
 _DESCRIPTOR: Final = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
@@ -36,6 +37,24 @@ _NOT_READY, _NOT_SUPPORTED = 600, 801
 _NEEDED: Final = {102: "virtual memory management", 103: "sharing by descriptors"}  # CUdevice_attribute
 
 # cuda.h, CUresult
+LOST: Final[dict[int, str]] = {  # answers after which a process cannot use the device any more
+    214: "CUDA_ERROR_ECC_UNCORRECTABLE",
+    220: "CUDA_ERROR_NVLINK_UNCORRECTABLE",
+    226: "CUDA_ERROR_CONTAINED",
+    700: "CUDA_ERROR_ILLEGAL_ADDRESS",
+    702: "CUDA_ERROR_LAUNCH_TIMEOUT",
+    709: "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    710: "CUDA_ERROR_ASSERT",
+    714: "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    715: "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    716: "CUDA_ERROR_MISALIGNED_ADDRESS",
+    717: "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    718: "CUDA_ERROR_INVALID_PC",
+    719: "CUDA_ERROR_LAUNCH_FAILED",
+    721: "CUDA_ERROR_TENSOR_MEMORY_LEAK",
+    810: "CUDA_ERROR_MPS_CLIENT_TERMINATED",
+    911: "CUDA_ERROR_EXTERNAL_DEVICE",
+}
 REFUSALS: Final[dict[int, Meaning]] = {
     1: Meaning("CUDA_ERROR_INVALID_VALUE", "driver_refused"),
     2: Meaning("CUDA_ERROR_OUT_OF_MEMORY", "does_not_fit"),
@@ -46,19 +65,11 @@ REFUSALS: Final[dict[int, Meaning]] = {
     201: Meaning("CUDA_ERROR_INVALID_CONTEXT", "driver_refused"),
     304: Meaning("CUDA_ERROR_OPERATING_SYSTEM", "driver_failed"),
     400: Meaning("CUDA_ERROR_INVALID_HANDLE", "driver_refused"),
-    700: Meaning("CUDA_ERROR_ILLEGAL_ADDRESS", "driver_failed"),
     800: Meaning("CUDA_ERROR_NOT_PERMITTED", "driver_refused"),
     801: Meaning("CUDA_ERROR_NOT_SUPPORTED", "driver_refused"),
     803: Meaning("CUDA_ERROR_SYSTEM_DRIVER_MISMATCH", "no_driver"),
     999: Meaning("CUDA_ERROR_UNKNOWN", "driver_failed"),
-}
-LOST: Final[dict[int, str]] = {  # answers after which a process cannot use the device any more
-    214: "CUDA_ERROR_ECC_UNCORRECTABLE",
-    220: "CUDA_ERROR_NVLINK_UNCORRECTABLE",
-    226: "CUDA_ERROR_CONTAINED",
-    700: "CUDA_ERROR_ILLEGAL_ADDRESS",
-    709: "CUDA_ERROR_CONTEXT_IS_DESTROYED",
-    719: "CUDA_ERROR_LAUNCH_FAILED",
+    **{number: Meaning(name, "driver_failed") for number, name in LOST.items()},
 }
 _OPERATING_SYSTEM, _UNKNOWN = 304, 999
 
@@ -143,7 +154,7 @@ _HINT: Final = "install NVIDIA's driver; in a container, start it with the NVIDI
 class _CudaDriver(Driver):
     """CUDA's driver in this process. It computes in the devices' primary contexts, which torch has too. A thread's
     calls concern the context that it has set: each method that needs one says its own first. Calls about addresses and
-    handles need none (cuda.h: they answer no INVALID_CONTEXT)."""
+    handles need none, nor whether an event is over (cuda.h: they answer no INVALID_CONTEXT)."""
 
     def __init__(self, path: str) -> None:
         """Raises DeviceError no_driver; no_device where the driver sees none."""
@@ -153,7 +164,7 @@ class _CudaDriver(Driver):
         self._narrows = True  # until the driver says that it cannot
         if answer := self.library.ask("cuInit", 0):
             if answer == _UNKNOWN:  # as where the kernel's module, or its node in a container, is missing
-                raise DeviceError(f"cuInit answers {answer}, {REFUSALS[answer].name}: {_HINT}", code="no_driver")
+                raise DeviceError(f"{self.library.told('cuInit', answer)}: {_HINT}", code="no_driver")
             self.library.refuse("cuInit", answer)
 
     def _set(self, device: int) -> None:
@@ -222,10 +233,11 @@ class _CudaDriver(Driver):
 
     def map(self, device: int, parts: Sequence[tuple[int, int, int]]) -> None:
         for at, (address, nbytes, handle) in enumerate(parts):
-            if answer := self.library.ask("cuMemMap", address, nbytes, 0, handle, 0):
-                for done in parts[:at]:
-                    self.library.call("cuMemUnmap", *done[:2])
-                self.library.refuse("cuMemMap", answer)
+            try:
+                self.library.call("cuMemMap", address, nbytes, 0, handle, 0)
+            except ElasticMoEError:
+                self.undo(device, parts[:at])
+                raise
 
     def allow(self, device: int, address: int, nbytes: int, writable: bool) -> None:
         flags = _READ if self._narrows and not writable else _READ_AND_WRITE
@@ -245,7 +257,7 @@ class _CudaDriver(Driver):
         fd, call = c_int(), "cuMemExportToShareableHandle"
         if answer := self.library.ask(call, byref(fd), handle, _DESCRIPTOR, 0):
             if answer == _OPERATING_SYSTEM:  # the one thing that this call asks of it is a descriptor
-                text = f"no descriptor is left to share memory by: {call} answers {answer}, {REFUSALS[answer].name}"
+                text = f"no descriptor is left to share memory by: {self.library.told(call, answer)}"
                 raise Unavailable(text, code="no_descriptors")
             self.library.refuse(call, answer)
         return fd.value
@@ -255,7 +267,7 @@ class _CudaDriver(Driver):
         handle, call = c_ulonglong(), "cuMemImportFromShareableHandle"
         if answer := self.library.ask(call, byref(handle), c_void_p(fd), _DESCRIPTOR):
             if answer == _UNKNOWN:  # seen of all other descriptors: nothing is wrong with the device
-                text = f"the descriptor cannot be imported as memory: {call} answers {answer}, {REFUSALS[answer].name}"
+                text = f"the descriptor cannot be imported as memory: {self.library.told(call, answer)}"
                 raise DeviceError(text, code="driver_refused")
             self.library.refuse(call, answer)
         return handle.value
@@ -265,18 +277,25 @@ class _CudaDriver(Driver):
         self.library.call("cuMemsetD8_v2", address, 0, nbytes)
         self.library.call("cuCtxSynchronize")
 
-    def _copy(self, device: int, parts: Sequence[CopyPart]) -> int:
+    def _copy(self, device: int, parts: Sequence[CopyPart]) -> None:
         self._set(device)
-        stream, event = self._streams[device], c_void_p()
+        stream = self._streams[device]
         for dst, src, nbytes, dst_device, src_device in parts:
             if dst_device == src_device == device:
                 self.library.call("cuMemcpyDtoDAsync_v2", dst, src, nbytes, stream)
             else:
                 there, here = self._contexts[dst_device], self._contexts[src_device]
                 self.library.call("cuMemcpyPeerAsync", dst, there, src, here, nbytes, stream)
+
+    def _create_event(self, device: int) -> int:
+        self._set(device)
+        event = c_void_p()
         self.library.call("cuEventCreate", byref(event), _NO_TIMING)
-        self.library.call("cuEventRecord", event, stream)
         return event.value or 0
+
+    def _record(self, device: int, event: int) -> None:
+        self._set(device)
+        self.library.call("cuEventRecord", event, self._streams[device])
 
     def to_device(self, device: int, address: int, source: int, nbytes: int) -> None:
         self._set(device)
@@ -294,9 +313,11 @@ class _CudaDriver(Driver):
         return answer == 0
 
     def wait(self, device: int, event: int) -> None:
+        self._set(device)
         self.library.call("cuEventSynchronize", event)
 
     def forget(self, device: int, event: int) -> None:
+        self._set(device)
         self.library.call("cuEventDestroy_v2", event)
 
     def drain(self, device: int) -> None:

@@ -1,15 +1,16 @@
 """What the drivers of accelerators have in common: a vendor's library as ctypes reaches it, and its calls by one set of
 names (`Driver`), which `accelerator.py` is written in. Numbers are the driver's: addresses, handles, events.
 
-What a driver refuses is one DeviceError, whose text has the call and the driver's own name and number for it.
+What a driver refuses is one DeviceError, whose text has the call, the driver's own number and name for it, and what
+else the driver says of it.
 """
 
 from __future__ import annotations
 
 import ctypes
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Final, NamedTuple, NoReturn
 
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError
@@ -103,14 +104,20 @@ class Library:
 
     def refuse(self, name: str, answer: int) -> NoReturn:
         """Raise what the driver's `answer` to the call `name` means."""
-        words = self._in_words(answer)  # each time: AscendCL keeps a text until somebody has taken it
-        refusal = self._refusals.get(answer) or Meaning(words, "driver_failed")
-        text = f"{name} answers {answer}, {refusal.name}"
-        if refusal.code == DoesNotFit.code:
+        text, refusal = self.told(name, answer), self._refusals.get(answer)
+        code = "driver_failed" if refusal is None else refusal.code
+        if code == DoesNotFit.code:
             raise DoesNotFit(f"the device's memory is short: {text}")
-        raise Lost(text) if answer in self.lost else DeviceError(text, code=refusal.code)
+        raise Lost(text) if answer in self.lost else DeviceError(text, code=code)
 
-    def _in_words(self, answer: int) -> str:
+    def told(self, name: str, answer: int) -> str:
+        """What is said of an answer to the call `name`: once, for AscendCL keeps its words until somebody has taken
+        them."""
+        refusal = self._refusals.get(answer)
+        words = dict.fromkeys([*([refusal.name] if refusal else []), *self._in_words(answer)])  # a name is said once
+        return f"{name} answers {answer}, {': '.join(words) or 'an error that is not known here'}"
+
+    def _in_words(self, answer: int) -> list[str]:
         """What the library says of an error."""
         told = []
         for call in self._words:
@@ -120,7 +127,7 @@ class Library:
             else:
                 said = call()
             told.append(_line((said or b"").decode(errors="replace")))
-        return ": ".join(filter(None, told)) or "an error that is not known here"
+        return list(filter(None, told))
 
 
 def _line(text: str) -> str:
@@ -214,6 +221,11 @@ class Driver(ABC):
     def unmap(self, device: int, address: int, nbytes: int) -> None:
         """Undo one `map`. It waits for nothing: whoever calls has fenced."""
 
+    def undo(self, device: int, parts: Sequence[tuple[int, int, int]]) -> None:
+        """Unmap all of these parts that can be, as where what comes after them was refused. Raises nothing."""
+        for address, nbytes, _ in parts:
+            self._attempt(self.unmap, device, address, nbytes)
+
     @abstractmethod
     def zero(self, device: int, address: int, nbytes: int) -> None:
         """Fill with zeros; done when it returns."""
@@ -221,15 +233,27 @@ class Driver(ABC):
     def copy(self, device: int, parts: Sequence[CopyPart]) -> int:
         """Begin to copy, to the device or from it; an event. Where that is refused, nothing of it is in flight any
         more: waits for what was asked for before it was."""
-        try:
-            return self._copy(device, parts)
-        except BaseException:
-            with suppress(ElasticMoEError):  # of a device that has failed, nothing is
-                self.drain(device)
-            raise
+        with ExitStack() as refused:
+            refused.callback(self._attempt, self.drain, device)  # of a device that has failed, nothing is
+            self._copy(device, parts)
+            event = self._create_event(device)
+            refused.callback(self._attempt, self.forget, device, event)
+            self._record(device, event)
+            refused.pop_all()
+        return event
+
+    def _attempt(self, call: Callable[..., None], *args: int) -> None:
+        with suppress(ElasticMoEError):
+            call(*args)
 
     @abstractmethod
-    def _copy(self, device: int, parts: Sequence[CopyPart]) -> int: ...
+    def _copy(self, device: int, parts: Sequence[CopyPart]) -> None: ...
+
+    @abstractmethod
+    def _create_event(self, device: int) -> int: ...
+
+    @abstractmethod
+    def _record(self, device: int, event: int) -> None: ...
 
     @abstractmethod
     def to_device(self, device: int, address: int, source: int, nbytes: int) -> None:

@@ -224,8 +224,8 @@ class Handles(ABC):
             self.used[handle.space] -= handle.nbytes
 
     def export(self, handle: Handle) -> Token:
-        """What another process needs to import a settled `handle`; valid while the handle is. Weights are exported
-        read-only where the backend can. Raises DeviceError export_and_import, not_local, not_settled, released."""
+        """What another process needs to import a settled `handle`; valid while the handle is; of weights read-only
+        where the backend can. Raises DeviceError export_and_import, not_local, not_settled, released, its driver's."""
         self._check_local(handle)
         if handle.state != "settled":
             text = f"the handle is {handle.state}"
@@ -234,8 +234,8 @@ class Handles(ABC):
         return self._export(handle)
 
     def admit(self, importers: Sequence[int]) -> None:  # noqa: B027 - most drivers ask nobody
-        """The processes that may import from now on, by their `importer_number`; who has imported keeps that. To be
-        said once each of them has started, and again when one has started anew. Raises DeviceError."""
+        """The processes that may import what is exported from now on, also again, by their `importer_number`: to be
+        said after each start of one. Who has imported keeps that. Asks no driver: `export` does. Raises DeviceError."""
 
     def admit_to(self, handle: Handle, importers: Sequence[int]) -> None:
         """Let processes of other devices import one exported handle, too. Raises as `admit`; DeviceError not_local."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _EXTENSIONS: Final = {"npu": "torch_npu"}  # by torch's types of devices: the package without which it knows none
 _QUEUES: Final = {"npu": "npu_stream"}  # of torch's stream, by its type of device: the driver's own
 _WITHOUT_FLOAT64: Final = frozenset({"npu"})  # torch's types of devices
+_opened: dict[str, torch.device] = {}  # by this process, by their names
 
 
 def check_torch(name: str) -> None:
@@ -57,9 +58,25 @@ def open_torch(name: str) -> torch.device:
         device = torch.empty(0, device=name).device
         if device.type != "cpu":  # kernels and pinned memory go by the process's current device
             torch.accelerator.set_device_index(device)
-        return device
     except (RuntimeError, AssertionError) as error:  # torch has both, and no class of its own for it
         raise DeviceError(f"torch cannot use {name}: {_first_line(error)}", code="no_torch") from None
+    _opened[name] = device
+    return device
+
+
+def fence_torch(name: str) -> None:
+    """Return when all is over that torch was asked for on the device that it calls `name`, where this process has
+    opened it and torch has a queue of its own before the driver's, as torch_npu has: no driver waits for what it was
+    not given yet. Raises DeviceError driver_failed."""
+    device = _opened.get(name)
+    if device is None or device.type not in _QUEUES:
+        return
+    import torch
+
+    try:
+        getattr(torch, device.type).synchronize(device)  # `npuSynchronizeDevice`: empties the queue, then waits
+    except RuntimeError as error:
+        raise DeviceError(f"torch cannot wait for {name}: {_first_line(error)}", code="driver_failed") from None
 
 
 def queue_of(device: torch.device) -> int | None:

@@ -136,7 +136,7 @@ class Hmm:
         while not self._is_stopping:
             failpoint("hmm.turn")
             self._watch()
-            self.turn(self._server.poll(self._attachments.turn_ms(_TURN_MS)))
+            self.turn(self._server.poll(0 if self._supply.is_claiming else self._attachments.turn_ms(_TURN_MS)))
         self._log.info("hmm stops")
 
     def turn(self, ready: set[int]) -> None:

@@ -99,6 +99,11 @@ def lose(folder: Path, device: int) -> None:
     (folder / f"lost.{device}").touch()
 
 
+def fault(folder: Path, pid: int) -> None:
+    """What that process computes on GPUs touches what is not mapped: its contexts there are lost, and no other's."""
+    (folder / f"fault.{pid}").touch()
+
+
 def used(kind: str, folder: Path) -> list[int]:
     """Bytes of each device that somebody has, by the stand-in's own accounting."""
     library_ = loaded(process(kind, folder))
@@ -121,10 +126,11 @@ def device_class(kind: str, path: Path) -> type[AcceleratorDevice]:
 
 
 def loaded(kind: type[AcceleratorDevice]) -> Any:
-    """The library itself, for what only a stand-in tells: `standin_calls()`, `standin_used(device)`; of an NPU's
-    `standin_num_queued()` and `standin_bytes_queued()`, of copies from device memory to device memory on a stream."""
+    """The library itself, for what only a stand-in tells: `standin_calls()`, `standin_used(device)`,
+    `standin_num_fences()`, `standin_num_events()`, those that there are; of an NPU's `standin_num_copied()` and
+    `standin_bytes_copied()`, of copies from device memory to device memory, and `standin_num_let_in()`, of peers."""
     made = ctypes.CDLL(kind.library)
-    for name in ("standin_calls", "standin_used", "standin_num_queued", "standin_bytes_queued"):
-        if hasattr(made, name):
-            getattr(made, name).restype = ctypes.c_uint64
+    for name in ("calls", "used", "num_fences", "num_events", "num_copied", "bytes_copied", "num_let_in"):
+        if hasattr(made, f"standin_{name}"):
+            getattr(made, f"standin_{name}").restype = ctypes.c_uint64
     return made

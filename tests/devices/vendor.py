@@ -23,11 +23,11 @@ OWN = Path("~/.cache/elasticmoe-tests")  # the home is another one in some tests
 
 
 class Headers(NamedTuple):
-    """Where a vendor's declarations come from: `requirement`, of which the members under `prefix` are taken into a
-    folder of `name`."""
+    """Where a vendor's declarations come from: `requirement`, of which the members under `prefix`, or under one of
+    several, are taken into a folder of `name`."""
 
     requirement: str
-    prefix: str
+    prefix: str | tuple[str, ...]
     includes: tuple[str, ...]
     name: str = ""
 
@@ -41,6 +41,13 @@ OPERATORS_FILE = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 OPERATORS = tuple(
     Headers(f"torch-npu=={version}", OPERATORS_FILE, (OPERATORS_FILE,), "-operators")
     for version in ("2.13.0", "2.12.0.post2")
+)
+GROUP_FILES = (  # the class of hccl's groups, and how the vendor's own code calls it
+    "torch_npu/include/torch_npu/csrc/distributed/ProcessGroupHCCL.hpp",
+    "torch_npu/distributed/distributed_c10d.py",
+)
+GROUPS = tuple(
+    Headers(f"torch-npu=={version}", GROUP_FILES, GROUP_FILES, "-groups") for version in ("2.13.0", "2.12.0.post2")
 )
 CUDA = Headers("nvidia-cuda-runtime==13.3.29", "nvidia/cu13/include/cuda.h", ("nvidia/cu13/include",))
 

@@ -56,6 +56,10 @@ class Accelerators:
         """Bytes of each that some process holds."""
         return standins.used(self.kind, self._folder)
 
+    def fault(self, pid: int) -> None:
+        """Take its contexts from a process."""
+        standins.fault(self._folder, pid)
+
 
 @pytest.fixture
 def kind(request: pytest.FixtureRequest) -> str:
@@ -128,6 +132,38 @@ async def test_a_deployment_serves_scales_and_recovers(
         await asyncio.to_thread(check_integrity, deployment)
     assert check_load_against_oracle(load.streams, model_folder("oracle")) > 500
     assert deployment.stop(is_clean=kind == "cuda").count("error") == 0
+    assert accelerators.used() == [0] * 4
+
+
+@pytest.mark.parametrize("kind", ["cuda"], indirect=True)
+async def test_a_rank_whose_context_is_lost_ends_and_another_one_has_its_device(
+    accelerators: Accelerators, deploy: Callable[..., Deployment], model_folder: Callable[[str], Path]
+) -> None:
+    """A sticky error is its process's alone. It shows when the rank gives memory away, as here, or in what torch
+    computes."""
+    deployment = deploy("oracle", replicas=2, devices=3, **SETTINGS)
+    async with Load(deployment.base_url, clients=8, seed=11) as load:
+        await streams(load, 8)
+        before = await asyncio.to_thread(deployment.rank_pids)
+        accelerators.fault(before["r1t0"])
+        await asyncio.to_thread(resized, deployment, replicas=3)
+
+        def changed() -> set[str]:
+            now = deployment.rank_pids()
+            return {name for name, pid in before.items() if now.get(name, pid) != pid}
+
+        assert await asyncio.to_thread(wait_until, changed, "another rank", 60.0) == {"r1t0"}, ends_of_ranks(deployment)
+        await streams(load, 8)
+        await asyncio.to_thread(resized, deployment, replicas=2)
+        await streams(load, 8)
+        await asyncio.to_thread(check_integrity, deployment)
+        devices = (await asyncio.to_thread(deployment.admin, "/v1/devices"))["devices"]
+        assert [device["failure"] for device in devices] == [""] * 3
+    assert check_load_against_oracle(load.streams, model_folder("oracle")) > 300
+    ended = [line for line in deployment.log("pool").splitlines() if "rank exited" in line and "driver_failed" in line]
+    assert len(ended) == 1, ends_of_ranks(deployment)
+    assert "answers 700, CUDA_ERROR_ILLEGAL_ADDRESS" in ended[0]
+    assert deployment.stop().count("error") == 0
     assert accelerators.used() == [0] * 4
 
 

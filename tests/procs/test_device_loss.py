@@ -273,10 +273,33 @@ def failed_devices(deployment: Deployment) -> list[str]:
     return [device["device"] for device in deployment.admin("/v1/devices")["devices"] if device["failure"]]
 
 
+def test_a_spare_device_that_is_dead_from_the_start_is_warned_of_and_not_planned_with(
+    drivers: Path, deploy: Callable[..., Deployment]
+) -> None:
+    standins.lose(drivers, 2)
+    deployment = deploy("oracle", replicas=2, devices=4, **SETTINGS)
+    devices = [deployment.device(number) for number in range(4)]
+    assert deployment.output_path.read_text().count(f"warning: {devices[2]} cannot be used, and is left out: ") == 1
+    assert failed_devices(deployment) == [devices[2]]
+    check_growth_without(deployment, devices)
+    check_integrity(deployment)
+    assert deployment.stop().count("error") == 0
+
+
+def check_growth_without(deployment: Deployment, devices: list[str]) -> None:
+    """The third device is passed over; with it nothing more can be had."""
+    assert deployment.scale(replicas=3)["phase"] == "done"
+    assert set(ranks_of(deployment)) == {devices[0], devices[1], devices[3]}
+    status, refused = deployment.admin_call("POST", "/v1/scale", {"replicas": 4})
+    assert (status, refused["error"]["code"]) == (422, "too_few_devices")
+    assert f"{devices[2]} cannot be used" in refused["error"]["message"]
+    assert deployment.log("scaler").count("device cannot be used") == 1
+
+
 def test_growth_takes_the_next_device_where_a_spare_one_has_failed(
     drivers: Path, deploy: Callable[..., Deployment]
 ) -> None:
-    """It is dead when an HMM begins, and nobody has needed it."""
+    """It is dead when an HMM begins anew, and nobody has needed it."""
     deployment = deploy("oracle", replicas=2, devices=4, **SETTINGS)
     hmm = deployment.pids["hmm"]
     standins.lose(drivers, 2)
@@ -285,12 +308,7 @@ def test_growth_takes_the_next_device_where_a_spare_one_has_failed(
     devices = [deployment.device(number) for number in range(4)]
     wait_until(lambda: failed_devices(deployment) == [devices[2]], "the HMM tells of it", 60.0)
     deployment.wait_serving()
-    assert deployment.scale(replicas=3)["phase"] == "done"
-    assert set(ranks_of(deployment)) == {devices[0], devices[1], devices[3]}
-    status, refused = deployment.admin_call("POST", "/v1/scale", {"replicas": 4})
-    assert (status, refused["error"]["code"]) == (422, "too_few_devices")
-    assert f"{devices[2]} cannot be used" in refused["error"]["message"]
-    assert deployment.log("scaler").count("device cannot be used") == 1
+    check_growth_without(deployment, devices)
     check_integrity(deployment)
     assert deployment.stop().count("error") == 0
 

@@ -4,6 +4,7 @@ be had before it starts anything."""
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from elasticmoe.cli import checks, settings, up
 from elasticmoe.cli.doctor_process import TestProcess as Process  # pytest would collect the name
 from elasticmoe.common.devices.base import ProcessRules
-from elasticmoe.common.protocol.errors import DoesNotFit
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit
 from tests.devices import standins
 
 pytestmark = pytest.mark.procs
@@ -61,6 +62,39 @@ def test_devices_that_one_is_divided_into_share_what_it_has(
     monkeypatch.setattr(checks, "_GIVEN_BACK_S", 0.0)
     with pytest.raises(DoesNotFit, match=text):
         checks.check_memory(resolved(kind, model, *parts, "--device-memory", "34MiB"), model)
+
+
+def test_a_dead_device_is_told_of_and_refused_only_where_the_first_replicas_need_it(kind: str, model: Path) -> None:
+    folder = Path(os.environ["STANDIN_FOLDER"])
+    one, two = (resolved(kind, model, "--replicas", number) for number in ("1", "2"))
+    assert checks.check_memory(one, model) == []
+    standins.lose(folder, 1)
+    (warning,) = checks.check_memory(one, model)
+    assert warning.startswith(f"{kind}:1 cannot be used, and is left out: ")
+    words = "LOST_HEARTBEAT" if kind == "npu" else "answers 709"
+    assert words in warning
+    with pytest.raises(DeviceError, match=f"^{kind}:1 cannot be used: .*{words}") as refused:
+        checks.check_memory(two, model)
+    assert refused.value.code == "driver_failed"
+    standins.lose(folder, 0)
+    with pytest.raises(DeviceError, match=f"^{kind}:0 cannot be used: "):
+        checks.check_memory(one, model)
+
+
+def test_a_process_that_ends_as_it_is_asked_for_a_spare_device_stops_the_start(
+    kind: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The HMM's would, too."""
+    real = Process.ask
+
+    def ask_and_end(process: Process, order: str, *args: object) -> object:
+        if args == ([f"{kind}:1"],):
+            process.kill()
+        return real(process, order, *args)
+
+    monkeypatch.setattr(Process, "ask", ask_and_end)
+    with pytest.raises(DeviceError, match="the process has ended at `memory`"):
+        checks.check_memory(resolved(kind, model, "--replicas", "1"), model)
 
 
 def test_what_others_have_is_told_once_it_is_not_given_back(

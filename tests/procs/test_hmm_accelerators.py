@@ -119,6 +119,34 @@ def test_a_rank_resumes_where_the_hmm_alone_has_lost_its_device(deployment: Depl
         Rank(deployment, 1)
 
 
+@pytest.mark.parametrize("kind", ["cuda"], indirect=True)
+def test_an_hmm_whose_contexts_are_lost_gives_up_its_devices_and_the_next_one_has_them(
+    deployment: Deployment, model: Path
+) -> None:
+    """A sticky error of a GPU is its process's alone: ranks go on in contexts of their own."""
+    first, second = attached(deployment, model)
+    before, mine = deployment.integrity(checksums=True).checksums, first.checksums()
+    assert deployment.hmm is not None
+    standins.fault(Path(os.environ["STANDIN_FOLDER"]), deployment.hmm.pid)
+    for number in range(2):  # it hears of one device after the other
+        with pytest.raises(ElasticMoEError, match="answers 700, CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
+            deployment.integrity(checksums=True)
+        assert caught.value.code == "driver_failed"
+        failed = [device.device for device in deployment.status().devices if device.failure]
+        assert failed == ["host:0", "host:1"][: number + 1]
+    assert deployment.integrity(checksums=True).checksums == {}, "of what can be used"
+    assert deployment.log_of(deployment.hmm).count("device cannot be used") == 2
+    assert first.checksums() == mine
+    deployment.kill_hmm()
+    deployment.start_hmm()
+    assert [device.failure for device in deployment.status().devices] == ["", ""]
+    for rank in (first, second):
+        rank.resume(deployment)
+    answer = deployment.integrity(checksums=True)
+    assert (answer.findings, answer.checksums) == ((), before)
+    assert deployment.stop(deployment.hmm) == 0
+
+
 def test_a_successor_goes_on_with_the_devices_that_its_driver_has(
     kind: str, deployment: Deployment, model: Path
 ) -> None:

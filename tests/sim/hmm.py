@@ -26,9 +26,10 @@ from elasticmoe.common.sharding import sharded
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.background import Background as HmmBackground
 from elasticmoe.services.hmm.memory.catalog import Catalog, Loaded, Transition
+from elasticmoe.services.hmm.memory.claims import ClaimedPart
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.large_pages import LargePages
-from elasticmoe.services.hmm.memory.transfer import ClaimedPart, Peaks, Supply
+from elasticmoe.services.hmm.memory.transfer import Peaks, Supply
 from elasticmoe.services.hmm.parts import Parts
 from elasticmoe.services.hmm.service import Hmm as HmmService
 from elasticmoe.services.hmm.transition.transition import Transitions

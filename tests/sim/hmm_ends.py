@@ -197,7 +197,8 @@ class Attachments:
             return
         self._revision = max(self._revision + 1, int(self._hmm.sim.now * 1000))
         attached.sent = msgspec.structs.replace(seat, revision=self._revision)
-        for message, _ in shares(offer, attached.shared):
+        for make in shares(offer, attached.shared):
+            message, _ = make()
             attached.channel.tell(message)
         attached.shared = set(offer.handles)
         attached.channel.tell(attached.sent)

@@ -18,8 +18,9 @@ from elasticmoe.common.protocol.errors import DeviceError, Unavailable
 from elasticmoe.native.ledger import Ledger, format_ledger
 from elasticmoe.native.ledger import ledger_bytes as native_ledger_bytes
 from elasticmoe.services.hmm.memory.catalog import DeviceEntry
+from elasticmoe.services.hmm.memory.claims import ClaimedPart, HandlePart, LedgerPart
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
-from elasticmoe.services.hmm.memory.transfer import ClaimedPart, HandlePart, LedgerPart, Peaks, Transfer
+from elasticmoe.services.hmm.memory.transfer import Peaks, Transfer
 
 PAGE = 4096
 BLOCK_SIZE, BLOCKS_PER_HANDLE = 4, 4

@@ -161,6 +161,9 @@ def test_operations_nearly_agree(make: Callable[[torch.dtype], Compute], dtype: 
         assert float((first - other).abs().max()) < 1e-5 * float(first.abs().max())
 
 
+NEVER_ROUND: tuple[ComputeName, ...] = ("triton", "torch_npu")
+
+
 @pytest.mark.parametrize("make", [linear, linear_with_bias, feed_forward, shared_experts, experts])
 def test_backends_that_round_activations_nearly_agree(make: Callable[[torch.dtype], Compute]) -> None:
     """What lies between two numbers of bfloat16 may become one here and the other there, but a row's bits stay its own.
@@ -168,8 +171,9 @@ def test_backends_that_round_activations_nearly_agree(make: Callable[[torch.dtyp
     compute, x_NH = make(torch.bfloat16), random_of(ROWS, HIDDEN, seed=5)
     plain = compute(open_backend("host"), x_NH)
     size = float(plain.abs().max())
-    all_rounded = [compute(open_backend(name, options=ROUNDING), x_NH) for name in ON_CPU]
-    for name, rounded in zip(ON_CPU, all_rounded, strict=True):
+    names = [name for name in ON_CPU if name not in NEVER_ROUND]
+    all_rounded = [compute(open_backend(name, options=ROUNDING), x_NH) for name in names]
+    for name, rounded in zip(names, all_rounded, strict=True):
         backend = open_backend(name, options=ROUNDING)
         assert 1e-4 * size < float((rounded - plain).abs().max()) < 2e-2 * size
         assert float((rounded - all_rounded[0]).abs().max()) < 2e-3 * size
@@ -178,7 +182,7 @@ def test_backends_that_round_activations_nearly_agree(make: Callable[[torch.dtyp
         assert torch.equal(make(torch.float32)(backend, x_NH), make(torch.float32)(open_backend(name), x_NH))
 
 
-@pytest.mark.parametrize("name", ["triton", "torch_npu"])
+@pytest.mark.parametrize("name", NEVER_ROUND)
 def test_a_backend_that_cannot_round_says_so(name: ComputeName) -> None:
     with pytest.raises(ConfigError, match=f"--compute {name} does not follow --activations bfloat16"):
         open_backend(name, options=ROUNDING)

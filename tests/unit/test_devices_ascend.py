@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from elasticmoe.common.devices import torch_devices
 from elasticmoe.common.devices.ascend import (
     CALLS,
     IDENTITY_CALLS,
@@ -172,6 +174,13 @@ def imported_by_peers_that_can(pair: Pair) -> None:
         pair.user.import_(1, key)
 
 
+def queued_aligned(pair: Pair) -> None:
+    """The driver's own call: ours makes another one for such ends."""
+    (src, _), (dst, _) = mapped(pair.owner), mapped(pair.owner)
+    pair.owner.own_number(0)  # sets the device
+    pair.owner.library.call("aclrtMemcpyAsync", dst + 32, 64, src, 64, 3, pair.owner._streams[0])
+
+
 BREACHES: dict[str, Callable[[Pair], object]] = {
     "memory_of_the_device": breaches.more_memory_than_there_is,
     "mapped_granular": breaches.map_beside_a_granule,
@@ -192,6 +201,7 @@ for _breach in (
     *(range_of_one_origin, unmapped_from_its_start, lost_device_stays_lost, exported_once),
     *(exported_by_its_maker, imported_once, imported_elsewhere, imported_when_admitted, admitted_after_its_start),
     *(admitted_by_its_exporter, imported_while_it_is_there, peers_that_can_are_let_in, imported_by_peers_that_can),
+    queued_aligned,
 ):
     BREACHES[_breach.__name__] = _breach
 
@@ -232,16 +242,60 @@ def test_calls_that_share_are_those_that_the_library_has(monkeypatch: pytest.Mon
         pair.user.zero(0, address, PAGE)
 
 
-def test_who_comes_later_is_admitted_to_what_was_exported_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_what_torch_holds_back_is_waited_for_before_anything_is_unmapped(
+    monkeypatch: pytest.MonkeyPatch, is_refused: bool
+) -> None:
+    """The driver waits for nothing that it was not given. Where torch cannot wait, as of a device that has failed, the
+    device has failed."""
+    with standins.memory(monkeypatch) as folder:
+        device = standins.process("npu", folder)("npu:0", PAGE, 8 * PAGE, rules=ProcessRules())
+        range_, asked, driver = device.reserve(2 * PAGE), list[str](), device._driver
+        device.map_many(range_, [(at, device.create(PAGE, "kv")) for at in (0, PAGE)], True)
+        drain = driver.drain
+
+        def wait(on: torch.device) -> None:
+            asked.append(f"torch waits for {on}")
+            if is_refused:
+                raise RuntimeError("ACL stream synchronize failed\nmore")
+
+        def drained(index: int) -> None:
+            asked.append(f"the driver waits for {index}")
+            drain(index)
+
+        monkeypatch.setattr(torch.cpu, "synchronize", wait)
+        monkeypatch.setattr(driver, "drain", drained)
+        device.open_torch()
+        device.fence()
+        assert asked == ["the driver waits for 0"], "there is no queue of torch's before a CPU"
+        monkeypatch.setitem(torch_devices._QUEUES, "cpu", "none")
+        device.unmap(range_, 0)
+        if is_refused:
+            assert asked[1:] == ["torch waits for cpu"]
+            assert device.failure == "torch cannot wait for cpu: ACL stream synchronize failed"
+            device.unmap(range_, PAGE)  # by name alone
+        else:
+            assert asked[1:] == ["torch waits for cpu", "the driver waits for 0"]
+        device.close()
+
+
+def test_who_comes_later_is_admitted_to_what_is_exported_anew_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with standins.memory(monkeypatch) as folder:
         owner, user = (standins.process("npu", folder)("npu:0", PAGE, 8 * PAGE, rules=ProcessRules()) for _ in range(2))
-        before = owner.export(owner.create(PAGE, "kv"))
+        first, library = owner.create(PAGE, "kv"), standins.loaded(type(owner))
+        before = owner.export(first)
         with pytest.raises(DeviceError) as caught:
             user.import_(before)
         assert caught.value.code == "not_admitted"
+        calls = library.standin_calls()
         owner.admit([user.importer_number(0)])
-        after = owner.export(owner.create(PAGE, "kv"))
-        assert len({user.import_(before), user.import_(after)}) == 2
+        assert library.standin_calls() == calls, "whoever has thousands of handles asks for each when it hands it over"
+        again, after = owner.export(first), owner.export(owner.create(PAGE, "kv"))
+        assert again == before
+        assert len({user.import_(again), user.import_(after)}) == 2
+        calls = library.standin_calls()
+        owner.export(first)
+        assert library.standin_calls() == calls
         owner.close()
         user.close()
 
@@ -282,6 +336,28 @@ def test_memory_is_zeroed_copied_across_devices_and_given_back(monkeypatch: pyte
         here.close()
         there.close()
         assert [library.standin_used(index) for index in range(2)] == [0, 0]
+
+
+@pytest.mark.parametrize(("to", "of"), [(0, 32), (32, 0), (33, 31), (64, 128)])
+def test_ends_that_no_copy_may_be_queued_for_are_copied_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, to: int, of: int
+) -> None:
+    """Within a device, and from another one."""
+    with standins.memory(monkeypatch) as folder:
+        kind, rules = standins.process("npu", folder), ProcessRules()
+        devices = [kind(f"npu:{index}", PAGE, 8 * PAGE, rules=rules) for index in range(2)]
+        ranges = [device.reserve(2 * PAGE) for device in devices]
+        for device, range_ in zip(devices, ranges, strict=True):
+            device.map(range_, 0, device.create(PAGE, "kv"), True)
+        source, target = ranges[1].base + of, ranges[0].base + to
+        devices[1].write_bytes(source, b"there")
+        copied = devices[0].copy_async([(target, source, 5), (ranges[0].base + PAGE // 2, source, 5)])
+        copied.wait()
+        devices[0].copy(ranges[0].base + 4096 + to, target, 5)
+        found = [devices[0].read_bytes(ranges[0].base + at, 6) for at in (to, PAGE // 2, 4096 + to)]
+        assert found == [b"there\0"] * 3
+        for device in devices:
+            device.close()
 
 
 def test_the_driver_says_what_is_free_and_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -180,6 +181,24 @@ def test_calls_and_codes_are_those_of_the_header() -> None:
     text = (include / "cuda.h").read_text()
     check_declared(text, "CUresult", {name.removesuffix("_v2"): types for name, types in calls.items()})
     check_codes(text, REFUSALS)
+
+
+# They come before there is a context, or make or set one; their texts list its want beside all else.
+_WITHOUT_CONTEXT = {"cuDeviceGetCount", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"}
+
+
+def test_the_stand_in_asks_for_a_context_where_the_header_does() -> None:
+    (include,) = vendor.headers(vendor.CUDA)
+    text = (include / "cuda.h").read_text()
+    found = re.findall(
+        r"CUresult (cu\w+)\([^{]*\) \{\n  ENTER\((true|false)\)", (standins.SOURCE / "cuda.cpp").read_text()
+    )
+    assert len(found) > 25
+    for name, needs in found:
+        declared = re.search(rf"/\*\*((?:(?!\*/).)*)\*/\s*CUresult\s+CUDAAPI\s+{name}\s*\(", text, re.DOTALL)
+        assert declared is not None, name
+        listed = "CUDA_ERROR_INVALID_CONTEXT" in declared[1] and name not in _WITHOUT_CONTEXT
+        assert (needs == "true") == listed, name
 
 
 def test_descriptors_tell_handles_apart_by_their_keys(folder: Path) -> None:

@@ -199,7 +199,7 @@ class TwoDevices:
     def num_copies(self) -> int:
         """Of those, what ranks have copied between mailboxes."""
         return sum(
-            library.standin_num_queued() for library in self._libraries if hasattr(library, "standin_num_queued")
+            library.standin_num_copied() for library in self._libraries if hasattr(library, "standin_num_copied")
         )
 
     def together(self, act: Callable[[DecodingRank], None]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from elasticmoe.common.devices.ascend import _AclDriver
 from elasticmoe.common.devices.driver import Library
 from elasticmoe.common.protocol.errors import DeviceError
 from tests.devices import standins
@@ -59,6 +60,9 @@ def test_a_gpus_driver_names_an_error_that_has_no_meaning_here(monkeypatch: pyte
         library = standins.process("cuda", folder)._of_this_process().library
         told = "ask answers 802, CUDA_ERROR_SYSTEM_NOT_READY: system not yet initialized"
         assert refused(library, 802) == ("driver_failed", told)
+        told = "ask answers 1, CUDA_ERROR_INVALID_VALUE: invalid argument"
+        assert refused(library, 1) == ("driver_refused", told), "a name is said once"
+        assert refused(library, 400) == ("driver_refused", "ask answers 400, CUDA_ERROR_INVALID_HANDLE")
         assert refused(library, UNKNOWN) == ("driver_failed", f"ask answers {UNKNOWN}, an error that is not known here")
 
 
@@ -71,9 +75,12 @@ def test_an_npus_driver_says_what_the_refused_call_was_about_and_nothing_older(m
         told = f"ask answers {UNKNOWN}, EZ9999: Inner Error! a rule of the driver is broken"
         assert refused(library, UNKNOWN) == ("driver_failed", told)
         assert refused(library, UNKNOWN) == ("driver_failed", unknown), "the text was taken"
-        with pytest.raises(DeviceError, match="ACL_ERROR_RT_PARAM_INVALID"):
+        told = "aclrtReleaseMemAddress answers 107000, ACL_ERROR_RT_PARAM_INVALID: EZ9999: Inner Error! a rule of the "
+        with pytest.raises(DeviceError, match=f"^{told}driver is broken$"):
             driver.unreserve(0, 1, 1)
         assert refused(library, UNKNOWN) == ("driver_failed", unknown), "and that of an error that has a meaning"
+        again = _AclDriver(library.path).library
+        assert refused(again, UNKNOWN) == ("driver_failed", unknown), "and what was said of another library's beginning"
 
 
 @pytest.mark.parametrize("kind", standins.KINDS)

@@ -4,7 +4,9 @@ stand-ins, where a test takes a device away (`standins.lose`)."""
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +16,11 @@ from elasticmoe.common.devices.accelerator import AcceleratorDevice
 from elasticmoe.common.devices.base import Device, Handle, ProcessRules, Range
 from elasticmoe.common.devices.driver import CopyPart, Meaning
 from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError
+from elasticmoe.services.worker.hmm import memory as memory_module
+from elasticmoe.services.worker.hmm.memory import RankMemory
 from tests.devices import standins, vendor
 from tests.devices.breaches import check_codes, mapped
+from tests.unit.test_rank_memory import SLOT, Owner
 
 PAGE = standins.GRANULARITY
 LOST = {"npu": "507010, ACL_ERROR_RT_LOST_HEARTBEAT", "cuda": "709, "}
@@ -104,6 +109,26 @@ def test_a_device_that_cannot_be_waited_for_has_failed_whatever_its_driver_answe
     assert standins.used(kind, folder)[0] == 0
     gone.give_back()
     assert (fine.device.free, gone.device.free) == (8 * PAGE, 8 * PAGE)
+
+
+def test_a_rank_ends_as_it_loses_its_device_and_does_not_say_that_it_has_unmapped_anything(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all of it until it ends: the HMM would give the room to others before."""
+    owner, user = (standins.process(kind, folder) for _ in range(2))
+    hmm = Owner(owner(f"{kind}:0", PAGE, 256 << 20, rules=ProcessRules()))
+    monkeypatch.setattr(memory_module, "open_device", partial(user, rules=ProcessRules()))
+    hmm.device.admit([user.importer_number(0)])
+    seat, (reply, fds) = hmm.seat([], 2), hmm.reply()
+    handed = [(hmm.shared, hmm.shared_fds), (seat, hmm.fds)]
+    memory = RankMemory(reply, fds, f"{kind}:0", SLOT, handed)
+    hmm.hand(memory, hmm.seat([], 1))
+    standins.lose(folder, 0)
+    refuses(lambda: memory.advance(lambda _: True), kind)
+    assert memory.revision == seat.revision
+    (folder / "lost.0").unlink()
+    memory.close()
+    hmm.device.close()
 
 
 def test_a_device_that_has_failed_is_the_hardware_that_it_was(folder: Path, pair: tuple[Mapped, Mapped]) -> None:
@@ -200,6 +225,20 @@ def test_of_copies_that_are_refused_nothing_is_in_flight(kind: str, folder: Path
     driver.to_host(0, ctypes.addressof(found), dst, 4)
     assert found.value == b"abc"
     device.close()
+
+
+def test_all_answers_of_cuda_that_cost_a_process_its_device_are_known() -> None:
+    """Those of which the header says so, or that there was an error which nobody corrects."""
+    (include,) = vendor.headers(vendor.CUDA)
+    text = (include / "cuda.h").read_text()
+    codes = text[text.index("typedef enum cudaError_enum") : text.index("} CUresult;")]
+    found = {}
+    for told, name, number in re.findall(r"/\*\*((?:(?!\*/).)*)\*/\s*(CUDA_\w+)\s*=\s*(\d+)", codes, re.DOTALL):
+        words = " ".join(told.replace("*", " ").split())
+        if re.search("must be terminated|cannot be used anymore|uncorrectable|has been destroyed using", words):
+            found[int(number)] = name
+    assert found == cuda.LOST
+    assert {702, 710, 721} < set(found)
 
 
 def test_answers_that_cost_a_process_its_device_are_the_vendors() -> None:

@@ -161,11 +161,12 @@ def test_a_token_names_one_handle(world: World) -> None:
 
 
 def test_a_process_exports_or_imports(world: World) -> None:
-    token = world.owner.export(world.local())
+    handle = world.local()
+    token = world.owner.export(handle)
     refuses("export_and_import", lambda: world.owner.import_(token))
     refuses("export_and_import", lambda: world.owner_other.import_(token))
     user = world.third(PAGE)
-    user.import_(token)
+    user.import_(world.owner.export(handle))
     own = user.create(PAGE, "kv")
     refuses("export_and_import", lambda: user.export(own))
     user.close()

@@ -5,12 +5,15 @@ gloo does what they would, under a name that connects late.
 
 from __future__ import annotations
 
+import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from elasticmoe.services.worker.backends.torch import TorchBackend
 from elasticmoe.services.worker.exchange import groups as module
 from elasticmoe.services.worker.exchange.groups import Group, Groups
+from tests.devices import vendor
 from tests.procs.waiting import wait_until
 from tests.unit.exchanges import Host
 
@@ -244,44 +248,95 @@ def test_a_rank_waits_for_what_it_computes_and_not_for_a_group_that_connects(
     assert streams.waited == ["the rank's"]
 
 
+class Foreign:
+    """ProcessGroupNCCL and ProcessGroupHCCL, as far as they are used. Their kinds are not here: what is asked of them
+    is, of all that were made."""
+
+    Options = type("Options", (), {})
+    streams: Streams
+    asked: list[tuple[Any, ...]]
+    registers: list[str | None]
+
+    def __init__(self, *arguments: Any) -> None:
+        self.asked.append(arguments[1:3])
+        self.registers.append(os.environ.get("NCCL_GRAPH_REGISTER"))
+
+    def _set_default_timeout(self, timeout: timedelta) -> None:
+        assert timeout == timedelta(seconds=module.COLLECT_S)
+
+    def alltoall_base(self, came: torch.Tensor, sent: torch.Tensor, *sizes: Any) -> Any:
+        self.asked.append((self.streams.current, came.device, sent.device, came.shape, sizes[:2]))
+        return self
+
+    def is_completed(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.asked.append(("abort",))
+
+
+class ForeignHccl(Foreign):
+    """As torch-npu has it."""
+
+    def abort_hccl_comm(self, reason: str | None, /) -> None:
+        self.asked.append(("abort_hccl_comm", reason))
+
+
+@pytest.fixture
+def foreign(streams: Streams, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Accelerators' groups are of these kinds; what they were asked for."""
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Foreign, "streams", streams, raising=False)
+    monkeypatch.setattr(Foreign, "asked", asked, raising=False)
+    monkeypatch.setattr(Foreign, "registers", [], raising=False)
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Foreign, raising=False)
+    monkeypatch.setattr(module.importlib, "import_module", lambda _: SimpleNamespace(ProcessGroupHCCL=ForeignHccl))
+    return asked
+
+
 @pytest.mark.parametrize("kind", ["cuda", "npu"])
 def test_accelerators_groups_connect_on_their_ranks_device(
-    kind: str, streams: Streams, monkeypatch: pytest.MonkeyPatch
+    kind: str, streams: Streams, foreign: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their kinds of torch's are not here: what is asked of them is."""
-    device, current, asked = torch.device("meta"), list[torch.device](), list[tuple[Any, ...]]()
-
-    class Foreign:
-        """ProcessGroupNCCL and ProcessGroupHCCL, as far as they are used."""
-
-        Options = type("Options", (), {})
-
-        def __init__(self, *arguments: Any) -> None:
-            asked.append(arguments[1:3])
-
-        def _set_default_timeout(self, timeout: timedelta) -> None:
-            assert timeout == timedelta(seconds=module.COLLECT_S)
-
-        def alltoall_base(self, came: torch.Tensor, sent: torch.Tensor, *sizes: Any) -> Any:
-            asked.append((streams.current, came.device, sent.device, came.shape, sizes[:2]))
-            return self
-
-        def is_completed(self) -> bool:
-            return True
-
-        def wait(self) -> None:
-            pass
-
-    class Package:
-        ProcessGroupHCCL = Foreign
-
-    monkeypatch.setattr(dist, "ProcessGroupNCCL", Foreign, raising=False)
-    monkeypatch.setattr(module.importlib, "import_module", lambda _: Package)
+    device, current, asked = torch.device("meta"), list[torch.device](), foreign
     monkeypatch.setattr(torch.accelerator, "set_device_index", current.append)
     group = module.BY_DEVICE[kind](device, None, 1, 3)  # type: ignore[arg-type]
     group.connect(3, lambda: True)
     assert current == [device]
+    assert Foreign.registers == ["0" if kind == "cuda" else "1"], "nccl keeps no addresses: others may be mapped there"
     assert asked == [(1, 3), ("another", device, device, torch.Size([3]), ([1, 1, 1], [1, 1, 1]))]
     assert streams.current == "the rank's"
     group.connect(1, lambda: True)
     assert len(asked) == 2, "who is alone has nobody to connect to"
+
+
+@pytest.mark.parametrize("kind", ["cuda", "npu"])
+def test_accelerators_groups_are_given_up_by_what_ends_their_collectives(
+    kind: str, foreign: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of hccl's that is another call; of a version that has none, the one of all groups."""
+    device = torch.device("meta")
+    group = module.BY_DEVICE[kind](device, None, 0, 2)  # type: ignore[arg-type]
+    for _ in range(2):
+        group.abort()
+    assert foreign[1:] == [("abort",) if kind == "cuda" else ("abort_hccl_comm", "its generation is over")], "once"
+    monkeypatch.delattr(ForeignHccl, "abort_hccl_comm")
+    module.BY_DEVICE[kind](device, None, 0, 2).abort()  # type: ignore[arg-type]
+    assert foreign[-1] == ("abort",)
+
+
+@pytest.mark.parametrize("wheel", vendor.GROUPS, ids=lambda wheel: wheel.requirement)
+def test_what_ends_hccls_collectives_is_what_the_vendor_declares(wheel: vendor.Headers) -> None:
+    """Its `abort` overrides none of torch's, and so is none for Python; torch's own does nothing."""
+    declared, calls = (path.read_text() for path in vendor.headers(wheel))
+    group = declared[declared.index("  // Provides an API to abort the ProcessGroup") :]
+    assert re.search(r"bool abort\(c10::optional<std::string> abortReason = c10::nullopt\);", group)
+    assert re.search(r"void abortAndClearHcclComm\(c10::optional<std::string> abortReason\);", group)
+    assert "void abort() override" not in group
+    assert '.abort_hccl_comm("reinit")' in calls
+    text = (Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d/Backend.hpp").read_text()
+    assert "virtual void abort() {}" in text

@@ -7,18 +7,19 @@ import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 
 from elasticmoe.common.clock import SYSTEM_CLOCK
-from elasticmoe.common.devices.base import FdToken, Handle, ProcessRules
+from elasticmoe.common.devices.base import FdToken, Handle, KeyToken, ProcessRules
 from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.host import HostDevice
-from elasticmoe.common.fdchannel import Channel, Listener, connect
+from elasticmoe.common.fdchannel import Channel, Listener, close_all, connect
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
 from elasticmoe.common.protocol.errors import DeviceError, Unavailable
@@ -28,6 +29,7 @@ from elasticmoe.common.protocol.handles import (
     Attach,
     AttachReply,
     FromHmm,
+    FromRank,
     RecordHandle,
     SeatMemory,
     Segment,
@@ -38,13 +40,14 @@ from elasticmoe.common.protocol.limits import FDS_MAX
 from elasticmoe.common.telemetry import get_logger
 from elasticmoe.services.hmm.sessions import attachments as attachments_module
 from elasticmoe.services.hmm.sessions.attachments import Attachments
-from elasticmoe.services.hmm.sessions.handles import Importer, Importers, Offer
+from elasticmoe.services.hmm.sessions.handles import HANDLES_MAX, Importer, Importers, Offer
 from tests.procs.descriptors import left_with, numbers_of
 from tests.procs.waiting import wait_until
 from tests.unit.specs import tiny_mixtral_spec
 
 PAGE = 4096
 SEGMENT = Segment(0, 4096)
+REPLY = AttachReply("m", tiny_mixtral_spec(), "f", 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT)
 UNUSED: Any = None
 SEAT = SeatMemory(1, (), (), (), (0,), (0,))
 LARGE = SeatMemory(0, tuple(RecordHandle(RecordKey("expert", 0, i), i << 40) for i in range(100_000)), (), (), (), ())
@@ -59,12 +62,9 @@ class Pair:
         self.channel.send(Attach(RankId(0, 0), 0, "host:0", "r0"))
         self.subject.accept(self.subject.fds())
         ((accepted, request),) = wait_until(lambda: self.subject.requests(self.subject.fds()), "the rank asks")
-        reply = AttachReply(
-            "m", tiny_mixtral_spec(), "f", 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT
-        )
         self.fd = os.memfd_create("x")
         os.write(self.fd, b"content")
-        self.rank = self.subject.admit(accepted, request, reply, (self.fd,))
+        self.rank = self.subject.admit(accepted, request, REPLY, (self.fd,))
         self.subject.update(self.rank, SEAT, self.offer)
 
     @property
@@ -257,13 +257,10 @@ def test_without_descriptors_a_rank_is_let_go_and_comes_again(pair: Pair, left: 
 
 def test_without_descriptors_nobody_is_admitted(pair: Pair) -> None:
     request = Attach(RankId(1, 0), 1, "host:1", "r1")
-    reply = AttachReply(
-        "m", tiny_mixtral_spec(), "f", 4096, KvGeometry(16, 4096, 4096, 1, 4096), 4096, SEGMENT, SEGMENT
-    )
     before = numbers_of(os.getpid())
     for left in (0, 1):
         with left_with(os.getpid(), left), pytest.raises(Unavailable) as caught:
-            pair.subject.admit(pair.rank.channel, request, reply, (pair.fd,))
+            pair.subject.admit(pair.rank.channel, request, REPLY, (pair.fd,))
         assert caught.value.code == "no_descriptors"
     assert numbers_of(os.getpid()) == before
     assert list(pair.subject.by_slot) == [0]
@@ -337,3 +334,89 @@ def test_tens_of_thousands_of_handles_with_a_descriptor_each_are_handed_over(pai
     assert isinstance(pair.channel.receive()[0].body, SeatMemory)  # nothing is handed over twice
     user.close()
     owner.close()
+
+
+class Keys:
+    """A device that shares by numbers. `asked`: the handles that it was asked to share; from number `failing` on it
+    refuses to."""
+
+    def __init__(self, failing: int = 1 << 62) -> None:
+        self.asked: list[int] = []
+        self._failing = failing
+
+    def export(self, handle: int) -> KeyToken:
+        if handle >= self._failing:
+            raise DeviceError("the process is gone", code="driver_refused")
+        self.asked.append(handle)
+        return KeyToken(handle, PAGE)
+
+    def offer(self, first: int, num_messages: int) -> tuple[SeatMemory, Offer]:
+        """So many messages of handles, which are numbers here, and the goal that names them."""
+        names = range(first, first + num_messages * HANDLES_MAX)
+        device, handles = cast(Any, self), cast(Any, {name: name for name in names})
+        return msgspec.structs.replace(SEAT, kv=tuple(names), doorbells=()), Offer((), device, handles)
+
+
+def turn(pair: Pair) -> list[tuple[Channel[FromRank], Attach]]:
+    """As the HMM's; who asks to be attached."""
+    ready = pair.subject.fds()
+    assert pair.subject.take(ready) == []
+    asking = pair.subject.requests(ready)
+    pair.subject.accept(ready)
+    return asking
+
+
+def test_who_asks_meanwhile_is_answered_between_two_messages_of_thousands_of_handles(
+    pair: Pair, tmp_path: Path
+) -> None:
+    device, num = Keys(), 20
+    pair.subject.update(pair.rank, *device.offer(0, num))
+    assert len(device.asked) == HANDLES_MAX, "the first message is made at once"
+    assert pair.subject.turn_ms(500) == 0, "for the others the loop comes back, and sleeps no more"
+    pair.read_first()
+    with closing(connect(tmp_path / "s.sock", "rank:2", TO_RANK)) as other:
+        other.send(Attach(RankId(1, 0), 1, "host:1", "r1"))
+        ((channel, request),) = wait_until(lambda: turn(pair), "another rank asks")
+        second = pair.subject.admit(channel, request, REPLY, (pair.fd,))
+        received, fds = other.receive()
+        close_all(fds)
+        assert isinstance(received.body, AttachReply)
+        assert len(device.asked) < num * HANDLES_MAX, "it was answered before all was handed over"
+        before = len(device.asked)
+        pair.subject.update(second, *device.offer(HANDLES, 3))
+        for _ in range(4):
+            turn(pair)
+        made = [name >= HANDLES for name in device.asked[before::HANDLES_MAX]]
+        assert made == [True, True, False, True, False], "ranks take turns"
+        channels, found = {0: pair.channel, 1: other}, dict[int, list[int]]({0: [], 1: []})
+        for slot, end in channels.items():
+            while True:
+                received, _ = wait_until(lambda end=end: turn(pair) or (end.is_readable and end.receive()), "more")
+                if isinstance(received.body, SeatMemory):
+                    break
+                assert isinstance(received.body, ShareHandles)
+                found[slot] += [one.id for one in received.body.handles]
+            assert found[slot] == list(received.body.kv), "what it names comes first"
+    assert pair.subject.turn_ms(500) == 500
+
+
+def test_nothing_is_shared_any_more_for_a_rank_that_ended_meanwhile(pair: Pair) -> None:
+    device = Keys()
+    pair.subject.update(pair.rank, *device.offer(0, 3))
+    pair.channel.close()
+    assert wait_until(pair.take, "the end is seen") == [0]
+    assert len(device.asked) == HANDLES_MAX
+    assert pair.subject.turn_ms(500) == 500
+
+
+def test_a_handle_that_is_not_shared_later_ends_the_rank_and_nobody_else(pair: Pair) -> None:
+    device = Keys(failing=HANDLES_MAX + 1)
+    pair.subject.update(pair.rank, *device.offer(0, 3))
+    assert pair.take() == []
+    assert len(device.asked) == HANDLES_MAX + 1
+    assert wait_until(pair.take, "the end is seen") == [0]
+    assert len(device.asked) == HANDLES_MAX + 1
+    pair.read_first()
+    assert isinstance(pair.channel.receive()[0].body, ShareHandles)
+    with pytest.raises(Unavailable):
+        pair.channel.receive()

@@ -25,6 +25,7 @@ from elasticmoe.native import host
 from elasticmoe.native.bus import Bus
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.loading.loader import ModelLoad
+from elasticmoe.services.hmm.memory import transfer
 from elasticmoe.services.hmm.memory.catalog import keys_of
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.transfer import Supply
@@ -235,6 +236,33 @@ def undo(world: World) -> None:
         world.layout.slots != (0, 1) or {n: len(m.kv) for n, m in world.holdings.memories.items() if m.kv} != world.kv
     ):
         assert try_transition(world, (0, 1) if world.layout.slots != (0, 1) else (0, 1, 2)) == "released"
+
+
+def test_a_transition_whose_handles_are_claimed_in_many_turns_ends_as_another(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two of them the HMM answers, and it may be told to give up."""
+    monkeypatch.setattr(transfer, "CLAIMS_MAX", 1)
+    for num_turns in (1, 4, 9):
+        given_up = world.request(0, 1, 2)
+        world.transitions.stage(given_up)
+        assert world.turn_to("vacating") == "vacating"
+        while not world.supply.is_claiming:  # ranks give KV away first
+            world.background.finish()
+            world.transitions.advance()
+        for _ in range(num_turns):
+            world.transitions.advance()
+        status = world.transitions.status()
+        assert status is not None
+        assert (status.phase, world.supply.is_claiming, world.supply.is_transferring) == ("vacating", True, False)
+        world.transitions.abort(given_up.id)
+        assert not world.supply.is_claiming
+        world.turn_to("aborted")
+        world.check()
+    assert try_transition(world, (0, 1, 2)) == "released"
+    world.check()
+    assert try_transition(world, (0, 2)) == "released"
+    world.check()
 
 
 @pytest.mark.parametrize("num_failing", [1, 1_000_000])

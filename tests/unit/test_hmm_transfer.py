@@ -32,9 +32,13 @@ from elasticmoe.common.telemetry import get_logger
 from elasticmoe.native import host
 from elasticmoe.services.hmm.background import Background
 from elasticmoe.services.hmm.memory import blocks as blocks_module
+from elasticmoe.services.hmm.memory import transfer as transfer_module
 from elasticmoe.services.hmm.memory.blocks import BlockCopies, check_ranks
+from elasticmoe.services.hmm.memory.claims import HandlePart
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
-from elasticmoe.services.hmm.memory.transfer import HandlePart, Peaks, Supply, Transfer
+from elasticmoe.services.hmm.memory.transfer import Peaks, Supply, Transfer
+from elasticmoe.services.hmm.parts import Parts
+from elasticmoe.services.hmm.service import Hmm
 from tests.claims import make_kv, make_record
 from tests.clocks import PlayedClock
 from tests.devices.backends import granularity
@@ -192,8 +196,7 @@ def test_a_machine_without_memory_fails_the_transfer_and_all_is_given_back(
         allocate(fd, offset, nbytes)
 
     supply.begin()
-    for name in ("host:1", "host:2"):
-        supply.claim_kv(memories[name], 4, loaded)
+    assert supply.claim_kv([(memories[name], 4) for name in ("host:1", "host:2")], loaded)
     monkeypatch.setattr(host, "allocate", fail)
     supply.start(0, loaded, errors.append)
     finish(background, lambda: bool(errors))
@@ -224,9 +227,55 @@ def test_kv_is_claimed_where_its_rank_will_map_it(
     make_kv(memory, RECORD)
     supply._claims.append(HandlePart(memory, memory.claim(RECORD, "mailbox")))  # comes first, and is no KV
     for _ in range(2):
-        supply.claim_kv(memory, 2, loaded)
+        assert supply.claim_kv([(memory, 2)], loaded)
     mailbox = 0
     assert asked == [0, mailbox, *(number * RECORD for number in range(1, 5))]
+
+
+def test_thousands_of_handles_are_claimed_some_at_a_time_and_given_back_wherever_that_ends(
+    memories: dict[str, DeviceMemory], background: Background, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer_module, "CLAIMS_MAX", 2)
+    holdings: Any = SimpleNamespace(memories=memories, granularity=4096)
+    loaded: Any = SimpleNamespace(kv=KvGeometry(16, RECORD, RECORD, 1, RECORD))
+    supply, wanted = Supply(holdings, background), [(memories["host:1"], 3), (memories["host:2"], 62)]
+
+    def used() -> list[int]:
+        return [memory.device.used["kv"] // RECORD for memory, _ in wanted]
+
+    found = []
+    while not supply.claim_kv(wanted, loaded):
+        assert supply.is_claiming
+        found.append(used())
+    assert (found[:3], used()) == ([[2, 0], [3, 1], [3, 3]], [3, 62])
+    assert not supply.is_claiming
+    more = [(memories["host:1"], 3), (memories["host:2"], 3)]  # of which the other one has room for two
+    assert not any(supply.claim_kv(more, loaded) for _ in range(2))
+    with pytest.raises(DoesNotFit):
+        supply.claim_kv(more, loaded)
+    supply.drop_claims()
+    assert not supply.is_claiming
+    finish(background, lambda: not supply.is_releasing)
+    assert used() == [0, 0]
+
+
+def test_the_hmms_loop_does_not_sleep_while_something_is_still_to_be_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, supply = list[int](), SimpleNamespace(is_claiming=True)
+
+    def poll(timeout_ms: int) -> set[int]:
+        waits.append(timeout_ms)
+        supply.is_claiming = False
+        return set()
+
+    part = SimpleNamespace(
+        fileno=lambda: -1, fds=set, is_connected=False, by_slot={}, turn_ms=lambda otherwise: otherwise
+    )
+    server = SimpleNamespace(poll=poll, watch=lambda _: None)
+    parts: dict[str, Any] = dict.fromkeys(Parts._fields, part)
+    hmm = Hmm(Parts(**parts | {"supply": supply, "server": server, "log": get_logger("test")}))
+    monkeypatch.setattr(hmm, "turn", lambda _: hmm.stop() if len(waits) == 2 else None)
+    hmm.run()
+    assert waits == [0, 500]
 
 
 def test_a_claim_beyond_the_budget_is_refused(memories: dict[str, DeviceMemory]) -> None:

@@ -90,10 +90,10 @@ def test_each_way_between_two_npus_is_one_copy_of_the_drivers(npus: Machine) -> 
     layers = [layer for layer, count in enumerate(EXPERTS) if count]
     for slot in (0, 1):
         library = ranks.library(slot)
-        assert library.standin_num_queued() == len(layers) * 2 * 2
+        assert library.standin_num_copied() == len(layers) * 2 * 2
         fetched = len(layers) * 2 * TOKENS
         answered = sum(((ids >= 0) & (ids % 2 == slot)).sum() for work in works for ids in work.ids.values())
-        assert library.standin_bytes_queued() == (fetched + answered) * HIDDEN * 4
+        assert library.standin_bytes_copied() == (fetched + answered) * HIDDEN * 4
     ranks.close()
 
 
@@ -123,6 +123,31 @@ def test_a_copy_is_done_in_the_order_of_torchs_queue_and_not_waited_for(
     assert torch.all(own == 0.0), "it is queued"
     driver.library.call("aclrtSynchronizeStream", stream)
     assert torch.all(own == 7.0)
+    ranks.close()
+
+
+def test_rows_that_no_copy_may_be_queued_for_are_copied_behind_what_is_queued(
+    npus: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a hidden size that is no multiple of 16, but for the first."""
+    ranks = Ranks(npus, 2)
+    user, own, peers = ranks.users[0], ranks.mapped[0][0].x_NH, ranks.mapped[0][1].x_NH
+    driver: Any = user._driver  # type: ignore[attr-defined]
+    stream = ctypes.c_void_p()
+    driver.library.call("aclrtCreateStream", ctypes.byref(stream))
+    monkeypatch.setattr(ascend, "queue_of", lambda _: stream.value)
+    assert own.stride(0) * own.itemsize % 64
+    peers.fill_(7.0)
+    own.fill_(0.0)
+    user.queue_copy(own, peers)
+    assert torch.all(own == 0.0), "it is queued"
+    peers.fill_(5.0)
+    user.queue_copy(peers[3:4], own[1:2])
+    assert torch.all(own == 5.0), "what was queued has read what was there by then"
+    assert torch.all(peers == 5.0)
+    own.fill_(3.0)
+    user.queue_copy(peers[1:3], own[2:4])
+    assert peers[:, 0].tolist() == [5.0, 3.0, 3.0, *[5.0] * (len(peers) - 3)]
     ranks.close()
 
 

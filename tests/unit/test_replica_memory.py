@@ -58,7 +58,7 @@ def attach(world: World, loaded: Loaded, bells: dict[int, int], seat: Seat) -> R
     memory = world.memories[seat.device]
     reply, fds = attach_reply(memory, holdings)
     told, offer = seat_memory(full_view(memory, loaded, None), memory, holdings, 0)
-    messages = (*shares(offer, ()), (msgspec.structs.replace(told, revision=1), offer.fds))
+    messages = (*(make() for make in shares(offer, ())), (msgspec.structs.replace(told, revision=1), offer.fds))
     handed = [(message, [os.dup(fd) for fd in own]) for message, own in messages]
     return RankMemory(reply, [os.dup(fd) for fd in fds], seat.device, seat.slot, handed, seat.rank.tp)
 

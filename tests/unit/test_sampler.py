@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from elasticmoe.common.protocol.limits import LOGPROB_MIN
 from elasticmoe.common.protocol.rank import Sampling, Submit
@@ -83,6 +84,58 @@ def test_the_same_position_gives_the_same_token_in_any_company() -> None:
     together = sample(USED[-1], row.repeat(30, 1), states).tokens
     assert together == [sample(USED[-1], row[None].clone(), [one]).tokens[0] for one in states]
     assert len(set(together)) > 3
+
+
+class SumsByCompany(TorchDispatchMode):
+    """Sums of floats are made in an order that goes by the number of rows, as CUDA's are."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """See TorchDispatchMode."""
+        name = func._schema.name
+        if name not in ("aten::cumsum", "aten::sum", "aten::logsumexp") or not args[0].is_floating_point():
+            return func(*args, **kwargs or {})
+        ends = torch.zeros(*args[0].shape[:-1], 1, dtype=torch.float64, device=args[0].device)
+        parts = []
+        for part in args[0].split(100 + len(args[0]), dim=-1):
+            parts.append(ends + part.double().cumsum(-1))
+            ends = parts[-1][..., -1:]
+        return torch.cat(parts, -1) if name == "aten::cumsum" else ends[..., 0]
+
+
+def test_a_row_of_a_large_vocabulary_has_the_same_bits_in_any_company() -> None:
+    """Drawn, cut and judged, wherever the order of a device's own sums goes by the number of rows."""
+    logits = torch.randn(17, 151_936, generator=torch.Generator().manual_seed(5)) * 5
+    options = [(0, 1.0), (0, 0.95), (40, 0.9)]
+    asked = [
+        TokenChoice(Sampling(seed=1, top_k=options[n % 3][0], top_p=options[n % 3][1]), n / 17, None, 3)
+        for n in range(17)
+    ]
+    with SumsByCompany():
+        together = USED[-1].choose(logits.clone(), asked)
+        pairs = [USED[-1].choose(logits[n : n + 2].clone(), asked[n : n + 2]) for n in range(0, 16, 5)]
+        alone = [USED[-1].choose(logits[n, None].clone(), asked[n : n + 1]) for n in range(17)]
+        judged = USED[-1].judge(logits, [0] * 17, 3)
+        assert judged == [USED[-1].judge(logits[n, None], [0], 3)[0] for n in range(17)]
+    assert all(one.error is None and one.judged is not None for one in together)
+    assert [one for (one,) in alone] == together
+    assert pairs == [together[n : n + 2] for n in range(0, 16, 5)]
+
+
+@pytest.mark.parametrize("vocab", [1, 63, 64, 4096, 4097, 151_936])
+def test_no_token_is_drawn_that_has_no_share(vocab: int) -> None:
+    """Sums are rounded, and none of that falls on a token beside the one that is meant."""
+    row = torch.full((vocab,), NEVER)
+    row[vocab // 3 :: 7] = logits_of(1, len(row[vocab // 3 :: 7]))
+    weights = torch.softmax(row.double(), 0)
+    ends = weights.cumsum(0)
+    edges = [0.0, math.nextafter(1.0, 0.0), *(min(float(end), 1 - 2**-53) for end in ends[:: max(1, vocab // 20)])]
+    numbers = [near for edge in edges for near in (edge, max(0.0, math.nextafter(edge, 0.0)))]
+    asked = [TokenChoice(Sampling(seed=1), number, None, -1) for number in numbers]
+    for number, chosen in zip(numbers, USED[-1].choose(row.repeat(len(asked), 1), asked), strict=True):
+        assert weights[chosen.token] > 0
+        assert float(ends[chosen.token] - weights[chosen.token]) - 1e-6 <= number <= float(ends[chosen.token]) + 1e-6
 
 
 def test_random_numbers_are_uniform_and_independent() -> None:

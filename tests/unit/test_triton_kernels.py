@@ -33,9 +33,10 @@ ALL = {
 }
 
 
-def run_interpreted(*arguments: str) -> None:
-    """Run tests with Triton's interpreter. Fails with what they have said, and where none was found."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+def run_interpreted(*arguments: str, num_processes: int = 0) -> None:
+    """Run tests with Triton's interpreter, in so many processes (0: in one). Fails with what they have said, and where
+    none was found."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", str(num_processes), "-p", "no:cacheprovider"]
     command += ["-p", "tests.interpreter.plugin", "--timeout", "600", *arguments]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -54,4 +55,4 @@ def test_some_of_each_kind(name: str) -> None:
 @pytest.mark.timeout(2_400)
 @pytest.mark.parametrize("name", ALL)
 def test_all(name: str) -> None:
-    run_interpreted(*ALL[name])
+    run_interpreted(*ALL[name], num_processes=os.cpu_count() or 1)  # nothing else runs beside: for an hour on one core

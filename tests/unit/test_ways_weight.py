@@ -54,7 +54,7 @@ def test_a_weight_passes_the_files_that_the_page_names_and_none_twice(tiny_mixtr
             reply, fds = attach_reply(memory, holdings)
             seat, offer = seat_memory(full_view(memory, loaded, None), memory, holdings, Importer(0))
             seat = msgspec.structs.replace(seat, revision=1)
-            handed = [(told, copies(own)) for told, own in (*shares(offer, ()), (seat, offer.fds))]
+            handed = [(told, copies(own)) for told, own in (*(make() for make in shares(offer, ())), (seat, offer.fds))]
             mapped = RankMemory(reply, copies(fds), "host:0", 0, handed)
             build_model(HostBackend(), mapped.weights, 16)
         described = next(one for one in record(loaded.spec, RecordKey("base")).tensors if one.name == "embed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import product
 
 from elasticmoe.common.devices.base import Device, Handle, Range, Space
@@ -112,8 +113,7 @@ class DeviceMemory:
 
     def clear(self) -> None:
         """Unmap and release every handle."""
-        for handle in self.take_all():
-            self.let_go(handle)
+        self.let_go(*self.take_all())
 
     def take_all(self) -> list[Handle | HostShared]:
         """All that the catalog names, which it does no more: it is the caller's, to `release`."""
@@ -134,13 +134,17 @@ class DeviceMemory:
             self.device.unmap(self._windows[name], offset)
         self.device.release(memory)
 
-    def let_go(self, memory: Handle | HostShared) -> None:
+    def let_go(self, *memory: Handle | HostShared) -> None:
         """`release`, where a driver's refusal must hold up nothing else: it is logged, and that memory stays counted
-        until this process ends."""
-        try:
-            self.release(memory)
-        except ElasticMoEError as error:
-            log.error("memory is not given back", device=self.device.name, code=error.code, reason=error.message)
+        until this process ends. The device is waited for once."""
+        mapped = [one for one in memory if isinstance(one, Handle) and one.num_mappings]
+        with suppress(ElasticMoEError):  # what is refused is asked for again, one by one
+            self.device.unmap_many([self.where(handle) for handle in mapped])
+        for one in memory:
+            try:
+                self.release(one)
+            except ElasticMoEError as error:
+                log.error("memory is not given back", device=self.device.name, code=error.code, reason=error.message)
 
     def entry(self) -> DeviceEntry:
         """The catalog's entry of this device."""

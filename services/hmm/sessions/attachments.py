@@ -1,4 +1,8 @@
-"""The handle channel's connections: which ranks are attached, what was sent to each, and what each has applied."""
+"""The handle channel's connections: which ranks are attached, what was sent to each, and what each has applied.
+
+Handing over thousands of handles asks a driver for something for each: so their messages are made one by one, one in a
+turn of the loop, and everybody else is heard in between.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import errno
 import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final, NamedTuple
@@ -19,7 +24,7 @@ from elasticmoe.common.protocol.codec import Message, encode
 from elasticmoe.common.protocol.errors import Conflict, DeviceError, ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import FROM_RANK, Applied, Attach, AttachReply, FromRank, SeatMemory
 from elasticmoe.common.telemetry import Logger
-from elasticmoe.services.hmm.sessions.handles import Importer, Offer, shares
+from elasticmoe.services.hmm.sessions.handles import Importer, MakeMessage, Offer, shares
 
 PENDING_MAX: Final = 128  # connections that have not said who they are
 PENDING_S: Final = 5.0  # that they have for it
@@ -51,29 +56,52 @@ class _Outbox:
         self._sock = socket.socket(fileno=fd)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         self._identity = identity
-        self._unsent: list[_Unsent] = []
+        self._unsent: deque[_Unsent | MakeMessage] = deque()
         self._since = 0.0
 
-    def put(self, message: Message, fds: tuple[int, ...], *, are_lasting: bool = False) -> None:
-        """Send, now or from `flush`. Raises Unavailable when the peer is gone, `no_descriptors` at the limit of open
-        files. `fds` stay the caller's; unless they `are_lasting`, open until the peer has answered, duplicates of them
-        are kept meanwhile."""
-        raw = encode(message, sender=self._identity)
+    def put(self, message: Message, fds: tuple[int, ...]) -> None:
+        """Send behind what is unsent, now or from `flush`. Raises Unavailable when the peer is gone, `no_descriptors`
+        at the limit of open files. `fds` stay the caller's; duplicates of them are kept meanwhile."""
         if not self._unsent:
             self._since = self._clock.monotonic()
-        kept = () if are_lasting else _duplicates(fds)
-        self._unsent.append(_Unsent(struct.pack("<I", len(raw)) + raw, kept or fds, kept))
+        kept = _duplicates(fds)
+        self._unsent.append(_Unsent(self._framed(message), kept, kept))
         self.flush()
+
+    def put_later(self, makers: Iterable[MakeMessage]) -> None:
+        """Send what these make, each in a `make_next` of its own. Its descriptors stay open until the peer has
+        answered."""
+        self._unsent.extend(makers)
+
+    def _framed(self, message: Message) -> bytes:
+        raw = encode(message, sender=self._identity)
+        return struct.pack("<I", len(raw)) + raw
 
     @property
     def is_empty(self) -> bool:
         """Whether all was sent."""
         return not self._unsent
 
+    @property
+    def is_to_make(self) -> bool:
+        """Whether `make_next` has something to do: all before it was sent."""
+        return bool(self._unsent) and not isinstance(self._unsent[0], _Unsent)
+
+    def make_next(self) -> None:
+        """Make and send the message that comes next, if it is still to be made. Raises what making it does, and as
+        `flush`."""
+        head = self._unsent[0] if self._unsent else None
+        if head is not None and not isinstance(head, _Unsent):
+            message, fds = head()
+            self._unsent[0] = _Unsent(self._framed(message), fds, ())
+            self._since = self._clock.monotonic()
+            self.flush()
+
     def flush(self) -> None:
-        """Send what the socket takes. Raises Unavailable where the peer is gone, or did not read for too long."""
-        while self._unsent:
-            data, fds, kept = self._unsent[0]
+        """Send what the socket takes of what is made. Raises Unavailable where the peer is gone, or did not read for
+        too long."""
+        while self._unsent and isinstance(head := self._unsent[0], _Unsent):
+            data, fds, kept = head
             rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
                 sent = self._sock.sendmsg([memoryview(data)[: 1 << 20]], rights, socket.MSG_DONTWAIT)
@@ -86,19 +114,24 @@ class _Outbox:
             close_all(kept)
             self._since = self._clock.monotonic()
             self._unsent[0] = _Unsent(data[sent:], (), ())
-            if not self._unsent[0].data:
-                self._unsent.pop(0)
+            if sent == len(data):
+                self._unsent.popleft()
 
     def end(self) -> None:
-        """Let both sides see the connection's end."""
+        """Let both sides see the connection's end. What is unsent is dropped, and what was to be made is not."""
+        self._drop()
         with suppress(OSError):  # the peer has ended it already
             self._sock.shutdown(socket.SHUT_RDWR)
 
+    def _drop(self) -> None:
+        for one in self._unsent:
+            if isinstance(one, _Unsent):
+                close_all(one.kept)
+        self._unsent.clear()
+
     def close(self) -> None:
         """Drop what is unsent. Idempotent."""
-        for one in self._unsent:
-            close_all(one.kept)
-        self._unsent.clear()
+        self._drop()
         self._sock.close()
 
 
@@ -137,6 +170,7 @@ class Attachments:
         self._log = log
         self._pending: dict[int, tuple[Channel[FromRank], float]] = {}
         self._revision = 0
+        self._last_made = -1  # the slot that a message was made for last
         self.by_slot: dict[int, Attached] = {}
 
     def open(self) -> None:
@@ -149,9 +183,11 @@ class Attachments:
         return {self._listener.fileno(), *self._pending, *living}
 
     def turn_ms(self, otherwise: int) -> int:
-        """How long the loop may sleep: shorter while something could not be sent."""
-        is_empty = all(attached.outbox.is_empty for attached in self.by_slot.values())
-        return otherwise if is_empty else _UNSENT_TURN_MS
+        """How long the loop may sleep: shorter while something could not be sent, and not while some is to be made."""
+        outboxes = [attached.outbox for attached in self.by_slot.values()]
+        if any(outbox.is_to_make for outbox in outboxes):
+            return 0
+        return otherwise if all(outbox.is_empty for outbox in outboxes) else _UNSENT_TURN_MS
 
     # ---- Attached ranks
 
@@ -161,7 +197,8 @@ class Attachments:
         return self._revision
 
     def take(self, ready: set[int]) -> list[Attached]:
-        """Take in what ranks have applied, send what is unsent, and take out the ranks whose connections ended."""
+        """Take in what ranks have applied, send what is unsent, of what is still to be made one message, and take out
+        the ranks whose connections ended."""
         ended = []
         for slot, attached in list(self.by_slot.items()):
             try:
@@ -170,7 +207,21 @@ class Attachments:
                     self._receive(attached)
             except ElasticMoEError as error:
                 ended.append(self._end(slot, error))
+        self._make_next()
         return ended
+
+    def _make_next(self) -> None:
+        """For the next rank in turn."""
+        waiting = [slot for slot, attached in self.by_slot.items() if attached.outbox.is_to_make]
+        if waiting:
+            self._last_made = min(waiting, key=lambda slot: (slot <= self._last_made, slot))
+            self._make_for(self.by_slot[self._last_made])
+
+    def _make_for(self, attached: Attached) -> None:
+        try:
+            attached.outbox.make_next()
+        except (DeviceError, Unavailable) as error:
+            self._give_up(attached, error)
 
     def ended_now(self, slot: int) -> Attached | None:
         """The rank of `slot`, taken out, if its connection ended after the loop last looked."""
@@ -212,18 +263,19 @@ class Attachments:
 
     def update(self, attached: Attached, seat: SeatMemory, offer: Offer) -> None:
         """Send a seat's memory, and what of its handles the rank does not have, unless it is what was sent last but for
-        the revision. A failure shows as its end."""
+        the revision. Many handles are on their way for some turns; none of them may be given back meanwhile, nor before
+        the rank has said that it does without. A failure shows as its end."""
         if msgspec.structs.replace(seat, revision=0) == msgspec.structs.replace(attached.sent, revision=0):
             return
         seat = msgspec.structs.replace(seat, revision=self._next_revision())
         attached.sent = seat
         try:
-            for message, fds in shares(offer, attached.shared):
-                attached.outbox.put(message, fds, are_lasting=True)  # no handle is given back while a rank may have it
+            attached.outbox.put_later(shares(offer, attached.shared))
             attached.outbox.put(seat, offer.fds)
-        except (DeviceError, Unavailable) as error:
+        except Unavailable as error:
             self._give_up(attached, error)
         attached.shared = set(offer.handles)
+        self._make_for(attached)  # the first at once: most have no more
 
     def _give_up(self, attached: Attached, error: ElasticMoEError) -> None:
         """The next turn takes it out. A rank that lives resumes, and is sent everything anew."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 from elasticmoe.common.devices.base import Device, FdToken, Handle, Token
@@ -29,7 +30,10 @@ from elasticmoe.services.hmm.memory.catalog import Loaded, Transition, keys_of, 
 from elasticmoe.services.hmm.memory.holdings import Holdings
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 
-HANDLES_MAX: Final = 1_024  # of one message: importing them takes a rank some milliseconds between two steps
+HANDLES_MAX: Final = FDS_MAX  # of one message, which takes either process some milliseconds to make or to take
+
+MakeMessage = Callable[[], tuple[ShareHandles, tuple[int, ...]]]
+"""Makes a message when its turn has come; its descriptors are the device's."""
 
 
 class _Fds:
@@ -76,8 +80,8 @@ class Importer:
         self._admitted: set[Handle] = set()
 
     def admit(self, device: Device) -> None:
-        """Let it import what its own device has, now and later. A driver is asked once, and not where this process has
-        lost the device while the rank goes on there. Raises DeviceError; driver_failed to a rank that comes anew."""
+        """Let it import what is shared of its own device from now on. Said once, and not where this process has lost
+        the device while the rank goes on there. Raises DeviceError; driver_failed to a rank that comes anew."""
         if not self._is_admitted:
             if not self._has_resumed:
                 device.check_usable()
@@ -161,19 +165,19 @@ def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, importer: 
     return seat, Offer(tuple(fds.all), memory.device, handles)
 
 
-def shares(offer: Offer, known: Collection[int]) -> Iterator[tuple[ShareHandles, tuple[int, ...]]]:
-    """The messages that hand over what is offered and not `known`, each with its descriptors: they are the device's."""
-    fds, handles = _Fds(), list[SharedHandle]()
-    for name, handle in offer.handles.items():
-        if name in known:
-            continue
-        token = offer.device.export(handle)
-        if len(handles) == HANDLES_MAX or len(fds.all) == FDS_MAX:
-            yield ShareHandles(tuple(handles)), tuple(fds.all)
-            fds, handles = _Fds(), []
-        handles.append(_shared(name, token, fds))
-    if handles:
-        yield ShareHandles(tuple(handles)), tuple(fds.all)
+def shares(offer: Offer, known: Collection[int]) -> list[MakeMessage]:
+    """What makes the messages that hand over what is offered and not `known`, each when it is called, in their order:
+    only then is a driver asked to share. Calling one raises DeviceError; Unavailable at the limit of open files."""
+    fresh = [(name, handle) for name, handle in offer.handles.items() if name not in known]
+    return [
+        partial(_share_some, offer.device, fresh[at : at + HANDLES_MAX]) for at in range(0, len(fresh), HANDLES_MAX)
+    ]
+
+
+def _share_some(device: Device, some: Sequence[tuple[int, Handle]]) -> tuple[ShareHandles, tuple[int, ...]]:
+    fds = _Fds()
+    handles = tuple(_shared(name, device.export(handle), fds) for name, handle in some)
+    return ShareHandles(handles), tuple(fds.all)
 
 
 def _shared(name: int, token: Token, fds: _Fds) -> SharedHandle:

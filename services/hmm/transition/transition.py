@@ -2,8 +2,7 @@
 
 What the transition is, and how far it has come, is in the catalog and so survives the HMM; what is missing is found
 anew in every turn by comparing what is held with what is wanted. `advance` takes one turn and never waits: ranks answer
-on the handle channel, and threads make and give back pages (transfer.py). A handle leaves the catalog before its pages
-go, and enters it when it is complete.
+on the handle channel, and threads make pages and give them back. The catalog names handles only while they are whole.
 """
 
 from __future__ import annotations
@@ -289,7 +288,8 @@ class Transitions:
         if not is_done or self._supply.is_releasing:
             return False
         try:
-            self._supply.claim_stage(transition, loaded)
+            if not self._supply.claim_stage(transition, loaded):
+                return False
         except ElasticMoEError as error:
             self._fail(error)
             return True
@@ -323,7 +323,8 @@ class Transitions:
         """Keep what `layout` needs and give back the rest; then make the KV that it shall have."""
         if self._supply.is_transferring:
             return False
-        self._supply.drop_claims()
+        if not self._supply.is_claiming:
+            self._supply.drop_claims()
         if not self._take_back(transition, layout) or self._supply.is_releasing:
             return False
         if self._growth_error is None and self._grow(transition, kv_handles):
@@ -376,15 +377,14 @@ class Transitions:
         loaded = self._holdings.loaded
         assert loaded is not None, "a transition is of a loaded model"
         memories = self._holdings.memories
-        missing = {name: count - len(memories[name].kv) for name, count in sorted(kv_handles.items())}
-        missing = {name: count for name, count in missing.items() if count > 0}
+        missing = [(memories[name], count - len(memories[name].kv)) for name, count in sorted(kv_handles.items())]
+        missing = [(memory, count) for memory, count in missing if count > 0]
         try:
-            for name, count in missing.items():
-                self._supply.claim_kv(memories[name], count, loaded)
+            is_claimed = self._supply.claim_kv(missing, loaded)
         except ElasticMoEError as error:
             self._on_grown(error)
             return False
-        if missing:
+        if missing and is_claimed:
             self._supply.start(transition.request.bytes_per_s_max, loaded, self._on_grown)
         return bool(missing)
 

@@ -3,9 +3,18 @@
 where a device has none, rows that are drawn or judged are brought to the host, and its kernels do that
 (`choose_on_host`).
 
-A row's place among others changes no bit: exponentials are of rows that are padded to whole vectors, and sums run along
-a row from its first token to its last. Shape suffixes: B sequences, V vocabulary, D rows that are drawn, J rows that
-are judged, L a padded row.
+A row's place among others, and their number, change no bit on any device:
+
+- What is computed of single elements, exponentials and logarithms among it, is the element's own. Rows are padded to
+  whole blocks: none is the rest of a vector, which some CPU might compute by other instructions.
+- The greatest and the least, stable sorting, copies by index and all in whole numbers are exact: whatever way a device
+  takes there, by the number of rows or not, there is one result.
+- Sums of float64 are rounded, and torch's own (`cumsum`, `sum`) go by an order that devices choose by the number of
+  rows, CUDA for a single row by chance. So they are made of additions of single elements, whose order the length of a
+  row decides alone (`_halved`, `_ends`).
+
+Shape suffixes: B sequences, V vocabulary, D rows that are drawn, J rows that are judged, L a padded row, N blocks of
+it, K elements of a block.
 """
 
 from __future__ import annotations
@@ -31,7 +40,7 @@ from elasticmoe.services.worker.backends.choice import (
     mask_fields,
 )
 
-_VECTOR: Final = 64  # elements: rows begin at multiples
+_VECTOR: Final = 64  # elements: no CPU's vectors have more
 _JUDGED: Final = 16  # rows at once: sorting takes several times their memory
 
 _DRAWN: Final = {  # of Draws
@@ -47,6 +56,7 @@ Words = npt.NDArray[np.int32]
 SendFields = Callable[[Mapping[str, Numbers]], dict[str, torch.Tensor]]
 FetchWords = Callable[[torch.Tensor], Words]
 FetchTensors = Callable[..., list[torch.Tensor]]
+Compare = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Draws(NamedTuple):
@@ -165,11 +175,7 @@ def draw_rows(logits_DV: torch.Tensor, draws: Draws) -> torch.Tensor:
     weights_DL = torch.where(weights_DL < draws.min_p, 0.0, weights_DL)
     if draws.is_cut:
         weights_DL = _greatest_only(weights_DL, draws.top_k, draws.top_p)
-    ends_DL = weights_DL.double().cumsum(1)
-    tokens_D = (ends_DL <= draws.uniform * ends_DL[:, -1:]).sum(1)
-    ids_L = torch.arange(weights_DL.shape[1], device=weights_DL.device)
-    last_D = torch.where(weights_DL > 0, ids_L, 0).amax(1)  # rounding may carry it past the end
-    return torch.minimum(tokens_D, last_D)
+    return _place_of(weights_DL, draws.uniform, torch.gt)
 
 
 def _greatest_only(weights_DL: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
@@ -178,15 +184,67 @@ def _greatest_only(weights_DL: torch.Tensor, top_k: torch.Tensor, top_p: torch.T
     sorted_DL, order_DL = torch.sort(weights_DL, dim=1, descending=True, stable=True)
     at_L = torch.arange(weights_DL.shape[1], device=weights_DL.device)
     sorted_DL = torch.where(at_L < top_k, sorted_DL, 0.0)
-    sums_DL = sorted_DL.double().cumsum(1)
-    kept_D1 = (sums_DL < top_p * sums_DL[:, -1:]).sum(1, keepdim=True) + 1
+    kept_D1 = _place_of(sorted_DL, top_p, torch.ge)[:, None] + 1
     sorted_DL = torch.where((at_L < kept_D1) | (top_p >= 1), sorted_DL, 0.0)
     return torch.zeros_like(weights_DL).scatter_(1, order_DL, sorted_DL)
 
 
+def _block(length: int) -> int:
+    """Elements of a block of a row of that length, padded or not: a power of two, about as many as there are blocks."""
+    return max(_VECTOR, 1 << ((length - 1).bit_length() + 1) // 2)
+
+
+def _blocks(values_DL: torch.Tensor) -> torch.Tensor:
+    """[D, N, K], of padded rows."""
+    num_rows, length = values_DL.shape
+    return values_DL.view(num_rows, length // _block(length), _block(length))
+
+
+def _place_of(weights_DL: torch.Tensor, share_D1: torch.Tensor, is_past: Compare) -> torch.Tensor:
+    """int64 [D]: of the places that have a weight the first one at which the sum of all up to it `is_past` that share
+    of the whole; the last of them where rounding keeps it from any. In the block in which that happens, by sums of
+    blocks, it is looked for."""
+    blocks_DNK = _blocks(weights_DL)
+    block = blocks_DNK.shape[2]
+    sums_DN = _halved(blocks_DNK)
+    ends_DN = _ends(sums_DN)
+    goal_D1 = share_D1 * ends_DN[:, -1:]
+    block_D1 = _first(is_past(ends_DN, goal_D1), sums_DN > 0)
+    before_D1 = pad(ends_DN, (1, 0)).gather(1, block_D1)
+    weights_DK = blocks_DNK.gather(1, block_D1[:, :, None].expand(-1, -1, block))[:, 0]
+    ends_DK = before_D1 + _ends(weights_DK.double())
+    return (block_D1 * block + _first(is_past(ends_DK, goal_D1), weights_DK > 0))[:, 0]
+
+
+def _first(is_it_DN: torch.Tensor, may_be_DN: torch.Tensor) -> torch.Tensor:
+    """int64 [D, 1]: the first place of a row that is it of those that may be, else the last that may be, else 0."""
+    count = is_it_DN.shape[1]
+    places_N = torch.arange(count, device=is_it_DN.device)
+    first_D1 = torch.where(is_it_DN & may_be_DN, places_N, count).amin(1, keepdim=True)
+    last_D1 = torch.where(may_be_DN, places_N, 0).amax(1, keepdim=True)
+    return torch.minimum(first_D1, last_D1)
+
+
+def _halved(values_DNK: torch.Tensor) -> torch.Tensor:
+    """float64 [D, N]: sums of blocks. One half of a block is added to the other until one element is left."""
+    while half := values_DNK.shape[-1] // 2:
+        values_DNK = values_DNK[..., :half].double() + values_DNK[..., half:]
+    return values_DNK[..., 0]
+
+
+def _ends(values_DN: torch.Tensor) -> torch.Tensor:
+    """[D, N]: at each place the sum of all up to it. What was added up is added to itself, moved on by 1, 2, 4 and so
+    on: of what ends at a place, the earlier half to the later one."""
+    moved = 1
+    while moved < values_DN.shape[1]:
+        values_DN = values_DN + pad(values_DN[:, :-moved], (moved, 0))
+        moved *= 2
+    return values_DN
+
+
 def _exponentials(logits_DV: torch.Tensor, factor_D1: torch.Tensor) -> torch.Tensor:
     """Weights relative to the greatest logit's, which has 1."""
-    logits_DL = pad(logits_DV, (0, -logits_DV.shape[1] % _VECTOR), value=-torch.inf)
+    logits_DL = pad(logits_DV, (0, -logits_DV.shape[1] % _block(logits_DV.shape[1])), value=-torch.inf)
     shifted_DL = (logits_DL - logits_DL.amax(1, keepdim=True)) * factor_D1
     return torch.where(shifted_DL < -87.0, 0.0, shifted_DL.exp())
 
@@ -207,7 +265,8 @@ def _judge(raw_JV: torch.Tensor, tokens_J: torch.Tensor, count: int) -> list[tor
 
 def _judge_some(raw_JV: torch.Tensor, tokens_J: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     ones_J1 = torch.ones((len(raw_JV), 1), device=raw_JV.device)
-    totals_J = _exponentials(raw_JV, ones_J1).double().cumsum(1)[:, -1].log() + raw_JV.amax(1).double()
+    weights_JL = _exponentials(raw_JV, ones_J1)
+    totals_J = _ends(_halved(_blocks(weights_JL)))[:, -1].log() + raw_JV.amax(1).double()
     totals_J = torch.where(torch.isfinite(raw_JV).all(1), totals_J, torch.nan)
     own_J = raw_JV.gather(1, tokens_J[:, None])[:, 0]
     best_JV = torch.sort(raw_JV, dim=1, descending=True, stable=True)

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, PrefixStore, Store
 
+from elasticmoe.common.config import keep_nccl_from_registering
 from elasticmoe.common.telemetry import get_logger
 
 log = get_logger("exchange")
@@ -73,13 +74,21 @@ class Group:
     members are not connected before their first collective (`connect`); None: these are.
 
     The group of torch's, and what is under way in it, are held here alone: whoever lets go of them last waits for
-    torch's threads, which may wait for peers. So a traceback that keeps a step's frames must not hold them.
+    torch's threads, which may wait for peers. So a traceback that keeps a step's frames must not hold them. `end`: what
+    gives it up, where that is not its `abort`.
     """
 
-    def __init__(self, group: TorchGroup, ends_by_itself: bool, connects_on: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        group: TorchGroup,
+        ends_by_itself: bool,
+        connects_on: torch.device | None = None,
+        end: Callable[[TorchGroup], None] = lambda group: group.abort(),
+    ) -> None:
         self._group: TorchGroup | None = group
         self._ends_by_itself = ends_by_itself
         self._connects_on = connects_on
+        self._end = end
         self._work: dist.Work | None = None
 
     def connect(self, num_members: int, is_wanted: Callable[[], bool]) -> None:
@@ -136,7 +145,7 @@ class Group:
         group, self._group, self._work = self._group, None, None
         if group is not None:
             with suppress(RuntimeError):  # a peer that is gone already
-                group.abort()
+                self._end(group)
 
 
 MakeGroup = Callable[[torch.device, Store, int, int], Group]
@@ -154,6 +163,7 @@ def _gloo(device: torch.device, store: Store, rank: int, size: int) -> Group:
 
 
 def _nccl(device: torch.device, store: Store, rank: int, size: int) -> Group:
+    keep_nccl_from_registering()
     kind: Any = dist.ProcessGroupNCCL
     options = kind.Options()
     options._timeout = timedelta(seconds=MAKE_S)
@@ -164,7 +174,17 @@ def _hccl(device: torch.device, store: Store, rank: int, size: int) -> Group:
     kind: Any = importlib.import_module("torch_npu._C._distributed_c10d").ProcessGroupHCCL  # there where its device is
     options = kind.Options()
     options.op_timeout = timedelta(seconds=MAKE_S)
-    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False, connects_on=device)
+    return Group(_patient(kind(store, rank, size, options)), ends_by_itself=False, connects_on=device, end=_end_hccl)
+
+
+def _end_hccl(group: Any) -> None:
+    """ProcessGroupHCCL of torch-npu 2.12 and 2.13 has an `abort` of its own that Python does not reach: theirs takes a
+    reason, so that the one without is that of all of torch's groups, which does nothing. What does the same is bound by
+    another name."""
+    if hasattr(group, "abort_hccl_comm"):
+        group.abort_hccl_comm("its generation is over")
+    else:
+        group.abort()
 
 
 def _patient(group: Any) -> TorchGroup:

@@ -4,6 +4,9 @@ Rows travel in collectives of a group for each generation (groups.py): gloo betw
 devices. Ids, counts and arrivals stay on the bus, which knows who lives: while a collective is under way, the rank
 looks whether the generation is over, as when a peer has died, and gives the group up then. No wait is without a
 deadline.
+
+The rows, and what a group's library has on the device, are working memory as activations are: no budget has them
+(common/capacity.py), as the HMM hands out none of it.
 """
 
 from __future__ import annotations

@@ -236,13 +236,13 @@ class RankMemory:
         if num_kv < len(self._kv):
             if not resize_kv(num_kv * per_handle):
                 return 0
-            while len(self._kv) > num_kv:
-                self._unmap(self._kv.pop())
-        left = SLICE_BYTES if populate else 1 << 62
+            self._unmap(self._kv[num_kv:])
+            del self._kv[num_kv:]
+        left, gone = SLICE_BYTES if populate else 1 << 62, list[_Mapping]()
         while goal.unmap and left > 0:
-            mapping = self._records.pop(goal.unmap.pop())
-            left -= mapping.handle.nbytes
-            self._unmap(mapping)
+            gone.append(self._records.pop(goal.unmap.pop()))
+            left -= gone[-1].handle.nbytes
+        self._unmap(gone)
         left = self._map_records(goal, left, populate)
         if left > 0:
             left = self._map_kv(goal, left)
@@ -276,10 +276,15 @@ class RankMemory:
         self.device.map_many(self._kv_range, parts, True)
         return left
 
-    def _unmap(self, mapping: _Mapping) -> None:
-        self.device.unmap(mapping.range_, mapping.offset)
-        if mapping.id not in self._offered:  # else the next goal names it again
-            self.device.release(self._handles.pop(mapping.id))
+    def _unmap(self, mappings: list[_Mapping]) -> None:
+        """All at once: the device is waited for once."""
+        if not mappings:
+            return
+        self.device.unmap_many([(mapping.range_, mapping.offset) for mapping in mappings])
+        self.device.check_usable()  # of one that has failed it is unmapped in name alone, until this process ends
+        for mapping in mappings:
+            if mapping.id not in self._offered:  # else the next goal names it again
+                self.device.release(self._handles.pop(mapping.id))
 
     def close(self) -> None:
         """Give everything back. Idempotent."""

@@ -18,10 +18,13 @@ namespace {
 
 constexpr uint64_t kRangeMax = 128'000'000'000;
 constexpr uint64_t kKey = 0xA5CEull << 48;
+constexpr uint64_t kQueuedAlign = 64;
 
 std::atomic<uint64_t> calls;
-std::atomic<uint64_t> num_queued, bytes_queued;  // copies within devices and between them, by aclrtMemcpyAsync
-thread_local int32_t current = -1;               // the device that this thread has set
+std::atomic<uint64_t> num_copied, bytes_copied;  // copies within devices and between them
+std::atomic<uint64_t> num_fences, num_let_in;
+std::atomic<uint64_t> num_events;   // that there are
+thread_local int32_t current = -1;  // the device that this thread has set
 // Of the calls of this thread that were refused, until somebody asks for it.
 thread_local std::string told;
 
@@ -177,6 +180,12 @@ aclError copy(void* dst, const void* src, size_t count, aclrtMemcpyKind kind, St
   return ACL_SUCCESS;
 }
 
+void note(aclrtMemcpyKind kind, size_t count) {
+  if (kind != ACL_MEMCPY_DEVICE_TO_DEVICE) return;
+  ++num_copied;
+  bytes_copied += count;
+}
+
 }  // namespace
 
 #define ENTER \
@@ -188,11 +197,20 @@ extern "C" {
 __attribute__((visibility("default"))) uint64_t standin_calls() {
   return calls;
 }
-__attribute__((visibility("default"))) uint64_t standin_num_queued() {
-  return num_queued;
+__attribute__((visibility("default"))) uint64_t standin_num_copied() {
+  return num_copied;
 }
-__attribute__((visibility("default"))) uint64_t standin_bytes_queued() {
-  return bytes_queued;
+__attribute__((visibility("default"))) uint64_t standin_bytes_copied() {
+  return bytes_copied;
+}
+__attribute__((visibility("default"))) uint64_t standin_num_fences() {
+  return num_fences;
+}
+__attribute__((visibility("default"))) uint64_t standin_num_let_in() {
+  return num_let_in;
+}
+__attribute__((visibility("default"))) uint64_t standin_num_events() {
+  return num_events;
 }
 __attribute__((visibility("default"))) uint64_t standin_used(uint32_t device) {
   return state().pool.used(device);
@@ -201,7 +219,10 @@ __attribute__((visibility("default"))) uint64_t standin_used(uint32_t device) {
 aclError aclInit(const char*) {
   ++calls;
   const std::lock_guard lock(state().mutex);
-  if (state().tgid) return ACL_ERROR_REPEAT_INITIALIZE;
+  if (state().tgid) {
+    told = "EE1001: initialized again";
+    return ACL_ERROR_REPEAT_INITIALIZE;
+  }
   state().start = state().pool.tick();
   const char* named = std::getenv("STANDIN_TGID");
   state().tgid = named ? std::atoi(named) : 1'000'000 + static_cast<int32_t>(state().start);
@@ -380,6 +401,7 @@ aclError aclrtDeviceEnablePeerAccess(int32_t peer, uint32_t flags) {
   if (!state().pool.can_access(static_cast<uint32_t>(current), static_cast<uint32_t>(peer))) {
     return ACL_ERROR_RT_FEATURE_NOT_SUPPORT;
   }
+  ++num_let_in;
   state().peers.insert({static_cast<uint32_t>(current), static_cast<uint32_t>(peer)});
   return ACL_SUCCESS;
 }
@@ -396,14 +418,12 @@ aclError aclrtMemcpyAsync(void* dst, size_t room, const void* src, size_t count,
                           aclrtStream stream) {
   ENTER;
   auto* one = static_cast<Stream*>(stream);
-  if (count > room) return ACL_ERROR_RT_PARAM_INVALID;
+  const bool is_aligned = (reinterpret_cast<uint64_t>(dst) | reinterpret_cast<uint64_t>(src)) % kQueuedAlign == 0;
+  if (count > room || !is_aligned) return ACL_ERROR_RT_PARAM_INVALID;
   if (!state().streams.count(one) || one->device() != static_cast<uint32_t>(current))
     return ACL_ERROR_RT_STREAM_CONTEXT;
   const aclError code = copy(dst, src, count, kind, one);
-  if (code == ACL_SUCCESS && kind == ACL_MEMCPY_DEVICE_TO_DEVICE) {
-    ++num_queued;
-    bytes_queued += count;
-  }
+  if (code == ACL_SUCCESS) note(kind, count);
   return code;
 }
 
@@ -420,6 +440,7 @@ aclError aclrtMemcpy(void* dst, size_t room, const void* src, size_t count, aclr
   Stream stream(static_cast<uint32_t>(current));
   const aclError code = copy(dst, src, count, kind, &stream);
   if (code != ACL_SUCCESS) return code;
+  note(kind, count);
   return run(&stream, stream.last(), false) ? ACL_SUCCESS : ACL_ERROR_RT_SYS_DMA;
 }
 
@@ -438,12 +459,14 @@ aclError aclrtMemset(void* address, size_t room, int32_t value, size_t count) {
 
 aclError aclrtCreateEvent(aclrtEvent* event) {
   ENTER;
+  ++num_events;
   *event = new Event;
   return ACL_SUCCESS;
 }
 
 aclError aclrtDestroyEvent(aclrtEvent event) {
   ENTER;
+  --num_events;
   delete static_cast<Event*>(event);
   return ACL_SUCCESS;
 }
@@ -472,6 +495,7 @@ aclError aclrtSynchronizeEvent(aclrtEvent event) {
 
 aclError aclrtSynchronizeDevice() {
   ENTER;
+  ++num_fences;
   return run_all(static_cast<uint32_t>(current)) ? ACL_SUCCESS : ACL_ERROR_RT_SYS_DMA;
 }
 

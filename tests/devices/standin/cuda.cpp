@@ -1,5 +1,6 @@
 // A stand-in for libcuda.so.1, compiled against the vendor's own declarations: a call that differs from them does not
-// compile. What it refuses, and by which code, is in ../rules/cuda.toml, with the sources.
+// compile. What it refuses, and by which code, is in ../rules/cuda.toml, with the sources. Longer than other files
+// because one state is behind all calls.
 #include <cuda.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -14,7 +15,8 @@ using namespace standin;
 
 namespace {
 
-std::atomic<uint64_t> calls;
+std::atomic<uint64_t> calls, num_fences;
+std::atomic<uint64_t> num_events;  // that there are
 
 struct Context {
   uint32_t device;
@@ -57,6 +59,10 @@ bool is_device(int device) {
   return device >= 0 && device < static_cast<int>(state().pool.num_devices());
 }
 
+bool has_lost(const Context& context) {
+  return context.is_lost || state().pool.has_faulted();
+}
+
 // One call at a time, after cuInit. `needs_context`: of a thread that has one which has not failed.
 struct Call {
   explicit Call(bool needs_context = false) : lock(state().mutex), code(CUDA_SUCCESS) {
@@ -67,7 +73,7 @@ struct Call {
       code = CUDA_ERROR_INVALID_CONTEXT;
     } else if (needs_context && state().pool.is_gone(current->device)) {
       code = CUDA_ERROR_CONTEXT_IS_DESTROYED;
-    } else if (needs_context && current->is_lost) {
+    } else if (needs_context && has_lost(*current)) {
       code = CUDA_ERROR_ILLEGAL_ADDRESS;
     }
   }
@@ -78,7 +84,7 @@ struct Call {
 CUresult run(Stream* stream, uint64_t last, bool is_due) {
   if (state().pool.is_gone(stream->device())) return CUDA_ERROR_CONTEXT_IS_DESTROYED;
   Context& context = state().contexts[stream->device()];
-  if (context.is_lost || !stream->run(state().space, last, is_due)) context.is_lost = true;
+  if (has_lost(context) || !stream->run(state().space, last, is_due)) context.is_lost = true;
   return context.is_lost ? CUDA_ERROR_ILLEGAL_ADDRESS : CUDA_SUCCESS;
 }
 
@@ -117,6 +123,12 @@ extern "C" {
 uint64_t standin_calls() {
   return calls;
 }
+uint64_t standin_num_fences() {
+  return num_fences;
+}
+uint64_t standin_num_events() {
+  return num_events;
+}
 uint64_t standin_used(uint32_t device) {
   return state().pool.used(device);
 }
@@ -137,13 +149,18 @@ CUresult cuDeviceGetCount(int* count) {
 }
 
 #ifndef STANDIN_V1
+// Of one error that the product has a meaning of, and one that it has none of.
 CUresult cuGetErrorName(CUresult error, const char** text) {
-  *text = error == CUDA_ERROR_SYSTEM_NOT_READY ? "CUDA_ERROR_SYSTEM_NOT_READY" : nullptr;
+  *text = error == CUDA_ERROR_SYSTEM_NOT_READY ? "CUDA_ERROR_SYSTEM_NOT_READY"
+          : error == CUDA_ERROR_INVALID_VALUE  ? "CUDA_ERROR_INVALID_VALUE"
+                                               : nullptr;
   return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 CUresult cuGetErrorString(CUresult error, const char** text) {
-  *text = error == CUDA_ERROR_SYSTEM_NOT_READY ? "system not yet\n  initialized" : nullptr;
+  *text = error == CUDA_ERROR_SYSTEM_NOT_READY ? "system not yet\n  initialized"
+          : error == CUDA_ERROR_INVALID_VALUE  ? "invalid argument"
+                                               : nullptr;
   return *text ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 #endif
@@ -202,6 +219,7 @@ CUresult cuCtxSetCurrent(CUcontext context) {
 
 CUresult cuCtxSynchronize() {
   ENTER(true);
+  ++num_fences;
   CUresult code = CUDA_SUCCESS;
   for (Stream* stream : state().streams) {
     if (stream->device() == current->device && code == CUDA_SUCCESS) code = run(stream, stream->last(), false);
@@ -366,12 +384,14 @@ CUresult cuStreamCreate(CUstream* stream, unsigned) {
 
 CUresult cuEventCreate(CUevent* event, unsigned) {
   ENTER(true);
+  ++num_events;
   *event = reinterpret_cast<CUevent>(new Event);
   return CUDA_SUCCESS;
 }
 
 CUresult cuEventDestroy(CUevent event) {
-  ENTER(false);
+  ENTER(true);
+  --num_events;
   delete made(event);
   return CUDA_SUCCESS;
 }
@@ -390,7 +410,7 @@ CUresult cuEventQuery(CUevent event) {
 }
 
 CUresult cuEventSynchronize(CUevent event) {
-  ENTER(false);
+  ENTER(true);
   return run(made(event)->stream, made(event)->last, false);
 }
 

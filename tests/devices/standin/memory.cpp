@@ -96,6 +96,10 @@ bool Pool::is_gone(uint32_t device) const {
   return access((folder_ + "/lost." + std::to_string(device)).c_str(), F_OK) == 0;
 }
 
+bool Pool::has_faulted() const {
+  return access((folder_ + "/fault." + std::to_string(getpid())).c_str(), F_OK) == 0;
+}
+
 std::string Pool::path(uint32_t device, uint64_t serial, uint64_t nbytes) const {
   char name[96];
   std::snprintf(name, sizeof name, "/memory.%u.%" PRIu64 ".%" PRIu64, device, serial, nbytes);

@@ -5,8 +5,9 @@
 // how many devices there are and what each has. STANDIN_TGID: the process's number on the machine, else one of its own.
 // STANDIN_HARDWARE: of each device in its order, which hardware it is to this process (1,0,2: the first two are
 // exchanged), else what its number says; only who asks for a device's identity sees it. STANDIN_NO_PEERS: pairs of
-// devices of which none can access the other's memory (0-1,2-3). Both are looked at whenever they matter, and so is a
-// file of the folder, lost.N: the device of that number is lost to every process.
+// devices of which none can access the other's memory (0-1,2-3). Both are looked at whenever they matter, and so are
+// files of the folder: lost.N, the device of that number is lost to every process; fault.P, what the process with that
+// pid computes has touched what is not mapped, which only a driver sees whose devices have contexts.
 #pragma once
 
 #include <atomic>
@@ -88,6 +89,7 @@ class Pool {
   bool can_access(uint32_t device, uint32_t peer) const;
   uint32_t hardware(uint32_t device) const;
   bool is_gone(uint32_t device) const;
+  bool has_faulted() const;  // this process
   // What of a device is held by anybody, after a look at each piece.
   uint64_t used(uint32_t device);
   Physical* create(uint32_t device, uint64_t nbytes);  // nullptr: no memory
