@@ -81,7 +81,7 @@ ShareCores = Annotated[
     bool,
     _is(
         "Divide the usable cores by the ranks that run instead of by `devices` (`host:N`): none is idle, and a growth "
-        "brings memory and no cores"
+        "brings no cores but those that `threads_max` leaves"
     ),
 ]
 KeepAlive = Annotated[

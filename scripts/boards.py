@@ -124,9 +124,9 @@ SERVING = Board(
         ),
         Panel(
             "Steps: what is not tensor mathematics",
-            router.STEP_SHARE.text,
+            "Mean over ranks that lead a replica; those that follow one wait for its plan, too",
             "percentunit",
-            (Query(f"avg by (part) ({_of(router.STEP_SHARE)})", "{{part}}"),),
+            (Query(f"avg by (part) ({_of(router.STEP_SHARE, rank='r[0-9]+t0')})", "{{part}}"),),
             1.0,
         ),
         Panel(

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=number(0.0, 600.0),
         default=0.0,
         metavar="S",
-        help="before the first kill: in the first seconds the HMM makes large pages, and takes a core for that (0)",
+        help="before the first kill: in the first seconds the HMM may gather small pages, which takes a core (0)",
     )
     add_devices(parser)
     add_output(parser)

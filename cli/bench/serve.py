@@ -59,7 +59,7 @@ ENDLESS = {"type": "array", "items": _PERSON, "minItems": 10_000}  # so that ans
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench serve`."""
     parser.add_argument("--models", default="demo,qwen3-moe-1b", help="names or paths, comma-separated")
-    parser.add_argument("--replicas", type=wholes, default=(1, 2), help="numbers of replicas, comma-separated")
+    parser.add_argument("--replicas", type=wholes, help="numbers of replicas, comma-separated (1,2)")
     parser.add_argument(
         "--recipes",
         type=recipes,
@@ -90,20 +90,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_devices(parser)
     add_tp(parser)
+    parser.set_defaults(tp=None)  # so that one that is given beside --recipes is known
     add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write raw data and the plot; the exit status (1: some request failed). Raises
     WrongUsage."""
+    if args.recipes is not None:
+        for name in ("replicas", "tp"):
+            refuse_beside(args, name, "--recipes")
+        if args.devices:
+            raise WrongUsage("--devices: it has no effect beside --recipes")
+    args.replicas, args.tp = args.replicas or (1, 2), args.tp or 1
     if args.peers is not None:
         for name in ("structured", "traces"):
             refuse_beside(args, name, "--peers")
         if args.devices:
             raise WrongUsage("--devices: it has no effect beside --peers")
         return peers.run(args)
-    if args.recipes is not None and args.devices:
-        raise WrongUsage("--devices: it has no effect beside --recipes")
     rows: list[dict[str, Any]] = []
     raw: list[dict[str, Any]] = []
     for model in args.models.split(","):

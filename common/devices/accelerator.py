@@ -56,7 +56,7 @@ class _Copied(Completion):
         if self._event is not None and self._ask(self._driver.is_done, self._event):
             self._end()
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)  # else it keeps the frames of all who have asked
         return self._event is None
 
     def wait(self) -> None:
@@ -68,7 +68,7 @@ class _Copied(Completion):
             finally:
                 self._end()
         if self._error is not None:
-            raise self._error
+            raise self._error.with_traceback(None)
 
     def _end(self) -> None:
         event, self._event = self._event, None

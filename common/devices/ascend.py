@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _REPEATED_INIT: Final = 100002  # another library of this process, such as torch_npu, was first
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3  # aclrtMemcpyKind
-_QUEUED_ALIGN: Final = 64  # bytes, of both ends of what aclrtMemcpyAsync copies (its page); aclrtMemcpy asks none
+_QUEUED_ALIGN: Final = 64  # bytes: where source and target of aclrtMemcpyAsync begin; of aclrtMemcpy anywhere
 _DEFAULT_SHARE: Final = 1  # ACL_MEM_SHARE_HANDLE_TYPE_DEFAULT
 _HBM: Final = 1  # aclrtMemAttr: ACL_HBM_MEM, pages of every size
 _COMPLETE: Final = 1  # ACL_EVENT_RECORDED_STATUS_COMPLETE

@@ -16,6 +16,8 @@ import stat
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from elasticmoe.common.devices.base import Device
 from elasticmoe.common.devices.rules import (
     DONE,
@@ -306,8 +308,10 @@ class HostDevice(Device):
             self._write_to_files(address + done, memoryview(buffer).cast("B")[:num])
 
     def _write_bytes(self, address: int, data: memoryview) -> None:
-        if self._is_mapped_quickly(address, len(data)):
+        if len(data) < _THROUGH_FILE_BYTES:
             memoryview((ctypes.c_char * len(data)).from_address(address)).cast("B")[:] = data
+        elif self._is_mapped_quickly(address, len(data)):
+            host.copy(address, np.frombuffer(data, np.uint8).ctypes.data, len(data))  # other threads go on meanwhile
         else:
             self._write_to_files(address, data)
 

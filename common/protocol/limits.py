@@ -1,6 +1,6 @@
 """Every bound of the system in one place. A limit has a unit in its name or in the comment beside it."""
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 # Messages
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024

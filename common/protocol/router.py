@@ -164,7 +164,7 @@ class RankStatus(Message, frozen=True):
     share_waiting: float = 0.0
     is_leaving: bool = False
     recomputed: int = 0
-    followers: tuple[StepShares, ...] = ()
+    followers: Annotated[tuple[StepShares, ...], Meta(max_length=TP_MAX - 1)] = ()
 
 
 ToRouter = Tokens | Failed | Suspected | RankTimes | WantVocabulary | Moved | MayMove | RankStatus | Ack | Refused

@@ -30,8 +30,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     sizes, memory, devices, rates: what plans are made from; devices that may be used
     kv_handle_tokens: that a KV handle holds
     step_tokens_max: prompt tokens of one step
-    shares_cores: ranks divide the machine's cores: of twice as many each is half as fast, unless it has `threads_max`
-        of them either way
+    shares_cores: ranks divide the machine's cores: of twice as many each is half as fast, once all cores are in use;
+        until then each has `threads_max` of them
     cores: of the machine, as far as is known; 0: not
     threads_max: most that a rank computes with
     accepted, refused: the newest order of the policy that was

@@ -108,6 +108,7 @@ def test_replicas_that_share_cores_are_the_slower_the_more_there_are(shares_core
         (32, 1, [1, 1, 1], [False] * 3),
         (16, 1, [1, 1, 1], [False, False, True]),  # of four each has four, of five less
         (8, 1, [1, 1, 2], [False, True, True]),
+        (6, 1, [0.75, 1, 2], [False, True, True]),  # two use all six, one no more than four
         (8, 2, [0.5, 1, 2], [True] * 3),
         (16, 2, [1, 1, 2], [False, True, True]),
     ],
@@ -127,6 +128,15 @@ def test_a_growth_that_brings_cores_that_nobody_used_is_ordered_for_their_sake()
     assert [action.replicas for action in actions] == [4]
     _, actions = decide(load(busy, shares_cores=True, cores=8, threads_max=4))
     assert actions == ()
+
+
+@pytest.mark.parametrize(("threads_max", "ordered"), [(3, [3]), (4, [])])
+def test_a_growth_that_brings_the_last_cores_is_ordered_though_each_replica_has_fewer(
+    threads_max: int, ordered: list[int]
+) -> None:
+    late, steps = signals(0.1, age_s=5.0, prompt_tokens=2000.0), {2: StepModel(0.1, 1e-4, 1e-7, 1e-3)}
+    _, actions = decide(load(late, shares_cores=True, cores=8, threads_max=threads_max, steps=steps))
+    assert [action.replicas for action in actions] == ordered
 
 
 def test_a_growth_that_brings_no_cores_is_not_ordered_for_their_sake() -> None:

@@ -45,6 +45,7 @@ def test_what_is_no_recipe_is_refused(text: str, told: str) -> None:
         recipes(text)
 
 
-def test_devices_are_a_recipes_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "serve", "--recipes", "a: tp=1", "--devices", "host:2"]) == 2
-    assert "--devices: it has no effect beside --recipes" in capsys.readouterr().err
+@pytest.mark.parametrize("given", [("--devices", "host:2"), ("--tp", "2"), ("--replicas", "1")])
+def test_a_size_is_a_recipes_own(capsys: pytest.CaptureFixture[str], given: tuple[str, str]) -> None:
+    assert main(["bench", "serve", "--recipes", "a: tp=1", *given]) == 2
+    assert f"{given[0]}: it has no effect beside --recipes" in capsys.readouterr().err

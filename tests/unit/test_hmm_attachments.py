@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 import pytest
@@ -22,7 +22,7 @@ from elasticmoe.common.devices.host import HostDevice
 from elasticmoe.common.fdchannel import Channel, Listener, close_all, connect
 from elasticmoe.common.layout import RankId
 from elasticmoe.common.model_spec import KvGeometry, RecordKey
-from elasticmoe.common.protocol.errors import DeviceError, Unavailable
+from elasticmoe.common.protocol.errors import DeviceError, DoesNotFit, ElasticMoEError, Unavailable
 from elasticmoe.common.protocol.handles import (
     TO_RANK,
     Applied,
@@ -336,17 +336,20 @@ def test_tens_of_thousands_of_handles_with_a_descriptor_each_are_handed_over(pai
     owner.close()
 
 
+REFUSED: Final = DeviceError("the process is gone", code="driver_refused")
+
+
 class Keys:
     """A device that shares by numbers. `asked`: the handles that it was asked to share; from number `failing` on it
     refuses to."""
 
-    def __init__(self, failing: int = 1 << 62) -> None:
+    def __init__(self, failing: int = 1 << 62, error: ElasticMoEError = REFUSED) -> None:
         self.asked: list[int] = []
-        self._failing = failing
+        self._failing, self._error = failing, error
 
     def export(self, handle: int) -> KeyToken:
         if handle >= self._failing:
-            raise DeviceError("the process is gone", code="driver_refused")
+            raise self._error
         self.asked.append(handle)
         return KeyToken(handle, PAGE)
 
@@ -409,8 +412,9 @@ def test_nothing_is_shared_any_more_for_a_rank_that_ended_meanwhile(pair: Pair) 
     assert pair.subject.turn_ms(500) == 500
 
 
-def test_a_handle_that_is_not_shared_later_ends_the_rank_and_nobody_else(pair: Pair) -> None:
-    device = Keys(failing=HANDLES_MAX + 1)
+@pytest.mark.parametrize("error", [REFUSED, DoesNotFit("the device's memory is short")], ids=["refused", "short"])
+def test_a_handle_that_is_not_shared_later_ends_the_rank_and_nobody_else(pair: Pair, error: ElasticMoEError) -> None:
+    device = Keys(HANDLES_MAX + 1, error)
     pair.subject.update(pair.rank, *device.offer(0, 3))
     assert pair.take() == []
     assert len(device.asked) == HANDLES_MAX + 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -12,6 +14,7 @@ from elasticmoe.common.devices.factory import open_device
 from elasticmoe.common.devices.host import HostDevice
 from elasticmoe.common.model_spec import RecordKey
 from elasticmoe.common.protocol.errors import DoesNotFit, Unavailable
+from elasticmoe.services.hmm.memory import new_pages
 from elasticmoe.services.hmm.memory.memory import DeviceMemory
 from elasticmoe.services.hmm.memory.new_pages import NewPages, make_zeros
 from tests.claims import make_record
@@ -60,6 +63,60 @@ def test_each_large_page_is_made_once_before_what_it_holds(memory: DeviceMemory,
             assert holds in made or holds + LARGE > NUM * EXPERT, "what is filled next has its page"
     all_made = [at for begin, nbytes in asked for at in range(begin, begin + nbytes, LARGE)]
     assert all_made == [number * LARGE for number in range(NUM * EXPERT // LARGE)]
+
+
+def test_nobody_fills_a_page_that_another_thread_is_making(
+    memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second expert begins within the large page in which the first one ends."""
+    (_, first), (_, second) = claimed = claim_experts(memory, 2)
+    pages, is_begun, may_end = NewPages(claimed), threading.Event(), threading.Event()
+
+    def make(*_: object) -> bool:
+        is_begun.set()
+        assert may_end.wait(20)
+        return True
+
+    monkeypatch.setattr(HostDevice, "make_large", make)
+    with ThreadPoolExecutor(2) as threads:
+        making = threads.submit(pages.make, first, 0, EXPERT)
+        assert is_begun.wait(20)
+        filling = threads.submit(pages.make, second, 0, PAGE)
+        assert not wait([filling], timeout=0.3).done, "the page is still being made"
+        may_end.set()
+        making.result(20)
+        filling.result(20)
+
+
+def test_a_making_that_fails_holds_nobody_up(memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    (_, first), (_, second) = claimed = claim_experts(memory, 2)
+    pages = NewPages(claimed)
+
+    def fail(*_: object) -> bool:
+        raise DoesNotFit("no memory")
+
+    monkeypatch.setattr(HostDevice, "make_large", fail)
+    with pytest.raises(DoesNotFit):
+        pages.make(first, 0, EXPERT)
+    pages.make(second, 0, PAGE)
+
+
+def test_a_large_handle_is_made_piece_by_piece(memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(new_pages, "_PIECE_BYTES", LARGE)
+    asked, num_checks = list[int](), 0
+    populate = HostDevice.populate
+
+    def noted(self: HostDevice, handle: Handle, offset: int, nbytes: int) -> None:
+        asked.append(nbytes)
+        populate(self, handle, offset, nbytes)
+
+    def check() -> None:
+        nonlocal num_checks
+        num_checks += 1
+
+    monkeypatch.setattr(HostDevice, "populate", noted)
+    make_zeros([(memory, memory.claim_kv(3 * LARGE + PAGE))], check)
+    assert (asked, num_checks) == ([LARGE] * 3 + [PAGE], 4)
 
 
 def test_pages_that_others_have_a_part_of_stay_small(memory: DeviceMemory, asked: Asked) -> None:

@@ -258,6 +258,28 @@ def test_who_has_no_row_was_not_put_off() -> None:
     assert not scheduler.plan(decode_only=True).puts_off
 
 
+def test_who_was_put_off_and_waits_for_a_row_still_comes_a_few_tokens_at_a_time() -> None:
+    scheduler = Scheduler(
+        BlockManager(1000, 16), max_tokens=LEAST_TOKENS, max_sequences=1, max_model_len=4096, max_waiting=9
+    )
+    scheduler.budget.begin(2)
+    first, _ = (
+        scheduler.add(Submit(f"r{token}", (token,) * 100, 9, Sampling(seed=1)), b"router:1", 0.0) for token in (1, 2)
+    )
+    assert scheduler.plan(decode_only=True).puts_off
+    scheduler.budget.is_catching_up = True
+
+    def step() -> tuple[int, bool]:
+        plan = scheduler.plan()
+        scheduler.commit(plan.chunks, [7 for chunk in plan.chunks if chunk.sample])
+        return plan.num_prompt, plan.is_cut
+
+    assert [step(), step()] == [(LEAST_TOKENS // 2, True), (100 - LEAST_TOKENS // 2, True)]
+    assert not scheduler.plan(decode_only=True).puts_off, "it is for want of a row that the second one waits"
+    scheduler.remove(first)
+    assert [step(), step()] == [(LEAST_TOKENS // 2, True), (100 - LEAST_TOKENS // 2, True)]
+
+
 def test_the_scheduler_asks_it() -> None:
     scheduler = Scheduler(
         BlockManager(1000, 16), max_tokens=MOST, max_sequences=64, max_model_len=4096, max_waiting=100

@@ -47,7 +47,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _mapped(pid: int) -> set[_Segment]:
-    """Of a process; none of one that has ended, or is another user's, who cannot map ours."""
+    """Of a process; none of one that has ended, or whose mappings this user may not see."""
     try:
         text = Path(f"/proc/{pid}/maps").read_text(errors="replace")
     except OSError:

@@ -17,6 +17,7 @@ void* pointer(uint64_t addr) {
   return reinterpret_cast<void*>(static_cast<uintptr_t>(addr));
 }
 
+constexpr int kTries = 3;  // to make large pages of what others touch
 constexpr int kReserveFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
 
 #ifndef MADV_COLLAPSE
@@ -151,7 +152,10 @@ bool Reservation::make_large(uint64_t offset, uint64_t nbytes, uint64_t large_by
   for (uint64_t at = offset; at < offset + nbytes; at += large_bytes) {
     if (madvise(pointer(base_ + at), page_bytes(), MADV_POPULATE_WRITE) != 0) return false;
   }
-  return madvise(pointer(base_ + offset), nbytes, MADV_COLLAPSE) == 0;
+  for (int tries = 0; madvise(pointer(base_ + offset), nbytes, MADV_COLLAPSE) != 0;) {
+    if (errno != EAGAIN || ++tries == kTries) return false;  // somebody had a page of it for a moment
+  }
+  return true;
 }
 
 void Reservation::close() noexcept {

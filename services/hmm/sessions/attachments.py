@@ -21,7 +21,7 @@ import msgspec
 from elasticmoe.common.clock import Clock
 from elasticmoe.common.fdchannel import Channel, Listener, close_all
 from elasticmoe.common.protocol.codec import Message, encode
-from elasticmoe.common.protocol.errors import Conflict, DeviceError, ElasticMoEError, ProtocolError, Unavailable
+from elasticmoe.common.protocol.errors import Conflict, ElasticMoEError, ProtocolError, Unavailable
 from elasticmoe.common.protocol.handles import FROM_RANK, Applied, Attach, AttachReply, FromRank, SeatMemory
 from elasticmoe.common.telemetry import Logger
 from elasticmoe.services.hmm.sessions.handles import Importer, MakeMessage, Offer, shares
@@ -220,7 +220,7 @@ class Attachments:
     def _make_for(self, attached: Attached) -> None:
         try:
             attached.outbox.make_next()
-        except (DeviceError, Unavailable) as error:
+        except ElasticMoEError as error:  # DoesNotFit, too, of a driver
             self._give_up(attached, error)
 
     def ended_now(self, slot: int) -> Attached | None:
@@ -256,7 +256,7 @@ class Attachments:
         refuse to share with a process that has just ended, and that must not end this one."""
         try:
             seat, offer = tell(attached.importer)
-        except (DeviceError, Unavailable) as error:
+        except ElasticMoEError as error:  # DoesNotFit, too, of a driver
             self._give_up(attached, error)
             return
         self.update(attached, seat, offer)
@@ -279,7 +279,7 @@ class Attachments:
 
     def _give_up(self, attached: Attached, error: ElasticMoEError) -> None:
         """The next turn takes it out. A rank that lives resumes, and is sent everything anew."""
-        if isinstance(error, DeviceError):
+        if not isinstance(error, Unavailable):
             self._log.error("memory cannot be shared", slot=attached.slot, code=error.code, reason=error.message)
         else:
             self._log.warning("rank cannot be told", slot=attached.slot, code=error.code, reason=error.message)

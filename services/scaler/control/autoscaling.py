@@ -173,7 +173,7 @@ def _width_facts(load: Load, experts: tuple[int, ...], tp: int, width: int) -> W
         width=width,
         kv_tokens=max(0, handles) * load.kv_handle_tokens,
         step=step,
-        shares_cores=load.shares_cores and _cores_of_rank(load, (width + 1) * tp) < _cores_of_rank(load, width * tp),
+        shares_cores=load.shares_cores and _cores_in_use(load, (width + 1) * tp) <= _cores_in_use(load, width * tp),
         prefill_tokens_max=load.step_tokens_max,
         devices=tp,
         step_width=step_width,
@@ -184,6 +184,11 @@ def _cores_of_rank(load: Load, num_ranks: int) -> float:
     """That one of so many computes with where they share them. Where it is not known how many there are, ratios count
     alone. Not rounded down to whole threads: what is left over is little, and a width that has run tells of it."""
     return min(load.threads_max, (load.cores or 1) / num_ranks)
+
+
+def _cores_in_use(load: Load, num_ranks: int) -> float:
+    """By all of so many."""
+    return min(load.threads_max * num_ranks, load.cores or 1)
 
 
 def _price(load: Load, layout: Layout, width: int) -> ChangePrice | None:

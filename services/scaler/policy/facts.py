@@ -22,7 +22,7 @@ class WidthFacts(msgspec.Struct, frozen=True):
     step_width: the width that `step` was learned at; None: this one
     prefill_tokens_max: of one step
     devices: of one replica
-    shares_cores: of a wider deployment each replica has less to compute with
+    shares_cores: replicas share the machine's cores, and one more of them would bring none that nobody uses yet
     """
 
     width: int

@@ -135,7 +135,7 @@ class Scheduler:
                 if draft.chunks:
                     return draft.finish(is_alone=True)
         left_out = suspects + self.unready if self.unready else suspects
-        waiting = self.waiting if self._free_rows else ()
+        waiting = self.waiting if self._free_rows or not decode_only else ()  # a step puts off who could come in it
         puts_off = self.budget.note_prompts(self.running, waiting, left_out, are_left_out=decode_only)
         if not (decode_only or self.budget.is_fixed):
             draft.budget = min(draft.budget, self._tokens_of_step(left_out))
