@@ -95,7 +95,9 @@ def test_silence_ends_at_the_deadline(client) -> None:  # type: ignore[no-untype
 def test_bad_messages_are_counted_answered_and_survived(server, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     other = Client(tmp_path / "pool.sock", new_identity("stranger"), scaler.CODEC)
     other._socket.send(b"\xc1garbage")
-    other._socket.send(msgpack.packb({"version": PROTOCOL_VERSION + 1, "epoch": 0, "sender": "x:1", "seq": 5, "body": None}))
+    other._socket.send(
+        msgpack.packb({"version": PROTOCOL_VERSION + 1, "epoch": 0, "sender": "x:1", "seq": 5, "body": None})
+    )
     other._socket.send_multipart([b"three", b"frames"])
     other.send(rank.Watch())  # a valid message of another receiver
     other.send(GetPool())
