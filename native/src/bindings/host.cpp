@@ -63,8 +63,8 @@ void bind_reservation(nb::module_& module) {
           [](Reservation& self, int64_t offset, int64_t nbytes, int64_t large_bytes) {
             bool is_large = false;
             without_gil([&] {
-              is_large =
-                  self.make_large(natural("offset", offset), natural("nbytes", nbytes), natural("large_bytes", large_bytes));
+              is_large = self.make_large(natural("offset", offset), natural("nbytes", nbytes),
+                                         natural("large_bytes", large_bytes));
             });
             return is_large;
           },
