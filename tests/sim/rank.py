@@ -1,7 +1,8 @@
 """Ranks: the product's rank with its engine, scheduler, ledger, lockstep, steps, migration and adoption.
 
 What is simulated: its ends of transports, the mapping of memory (sets), the barrier (all members leave it at the same
-instant), what fails in a step, processes, and how long things take. The model: engine.py.
+instant), what fails in a step, processes, and how long things take. The model: engine.py. Longer than other files
+because leaders and followers share all of these ends, and differ in a few lines.
 
 One file of more than 400 lines: a process and all of its ends know one another.
 """

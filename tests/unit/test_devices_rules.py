@@ -1,4 +1,7 @@
-"""Every rule of device memory is refused with its code, and a refusal changes nothing."""
+"""Every rule of device memory is refused with its code, and a refusal changes nothing.
+
+Longer than other files because it is the contract of all devices, which a driver that is there is asked to keep as one.
+"""
 
 from __future__ import annotations
 

@@ -97,22 +97,26 @@ def test_each_way_between_two_npus_is_one_copy_of_the_drivers(npus: Machine) -> 
     ranks.close()
 
 
-def test_a_copy_is_done_in_the_order_of_torchs_queue_and_not_waited_for(
-    npus: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where torch has a stream of its own, which a stand-in for it is made here."""
-    ranks = Ranks(npus, 2)
-    user, own, peers = ranks.users[0], ranks.mapped[0][0].x_NH, ranks.mapped[0][1].x_NH
+def torchs_stream(user: Device, monkeypatch: pytest.MonkeyPatch) -> tuple[ctypes.c_void_p, list[torch.device]]:
+    """A stream that stands for torch's own on that device, and the devices whose stream was asked for."""
     driver: Any = user._driver  # type: ignore[attr-defined]
-    stream = ctypes.c_void_p()
+    stream, asked = ctypes.c_void_p(), list[torch.device]()
     driver.library.call("aclrtCreateStream", ctypes.byref(stream))
-    asked: list[torch.device] = []
 
     def queue_of(device: torch.device) -> int | None:
         asked.append(device)
         return stream.value
 
     monkeypatch.setattr(ascend, "queue_of", queue_of)
+    return stream, asked
+
+
+def test_a_copy_is_done_in_the_order_of_torchs_queue_and_not_waited_for(
+    npus: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(npus, 2)
+    user, own, peers = ranks.users[0], ranks.mapped[0][0].x_NH, ranks.mapped[0][1].x_NH
+    stream, asked = torchs_stream(user, monkeypatch)
     peers.fill_(7.0)
     own.fill_(0.0)
     before = ranks.library(0).standin_calls()
@@ -121,7 +125,7 @@ def test_a_copy_is_done_in_the_order_of_torchs_queue_and_not_waited_for(
     assert ranks.library(0).standin_calls() - before == 2
     assert asked == [own.device] * 2
     assert torch.all(own == 0.0), "it is queued"
-    driver.library.call("aclrtSynchronizeStream", stream)
+    user._driver.library.call("aclrtSynchronizeStream", stream)  # type: ignore[attr-defined]
     assert torch.all(own == 7.0)
     ranks.close()
 
@@ -132,10 +136,7 @@ def test_rows_that_no_copy_may_be_queued_for_are_copied_behind_what_is_queued(
     """Those of a hidden size that is no multiple of 16, but for the first."""
     ranks = Ranks(npus, 2)
     user, own, peers = ranks.users[0], ranks.mapped[0][0].x_NH, ranks.mapped[0][1].x_NH
-    driver: Any = user._driver  # type: ignore[attr-defined]
-    stream = ctypes.c_void_p()
-    driver.library.call("aclrtCreateStream", ctypes.byref(stream))
-    monkeypatch.setattr(ascend, "queue_of", lambda _: stream.value)
+    torchs_stream(user, monkeypatch)
     assert own.stride(0) * own.itemsize % 64
     peers.fill_(7.0)
     own.fill_(0.0)

@@ -83,20 +83,24 @@ def test_a_follower_tells_its_leader_now_and_then_while_it_steps() -> None:
     clock: Any = Clock()
     shares, end = Shares(clock), End()
     to_leader = SharesToLeader(shares, 1, end)
-    to_leader.turn(10.0)
+    to_leader.turn(10.0, 0)
     assert end.told == [], "it has not stepped"
     for at in (10.0, 10.0 + TELL_S / 2, 10.0 + TELL_S):
         step(shares, clock, StepTimes(75, 15, 10), met_ns=20)
-        to_leader.turn(at)
+        to_leader.turn(at, 0)
     assert end.told == [TellShares(end.told[0].shares), TellShares(shares.told(1))]  # type: ignore[attr-defined]
     end.is_there = False
     step(shares, clock, StepTimes(75, 15, 10), met_ns=20)
-    to_leader.turn(20.0)
+    to_leader.turn(20.0, 0)
     end.is_there = True
-    to_leader.turn(20.0 + TELL_S)
+    to_leader.turn(20.0 + TELL_S, 0)
     assert end.told[2:] == [TellShares(shares.told(1))], "what was lost is told again"
-    to_leader.turn(30.0)
+    to_leader.turn(30.0, 0)
     assert len(end.told) == 3, "nothing has changed"
+    to_leader.turn(40.0, 1)
+    assert end.told[3:] == [TellShares(shares.told(1))], "another leader may lead, and has heard nothing"
+    to_leader.turn(50.0, 1)
+    assert len(end.told) == 4
 
 
 def test_a_leader_tells_routers_of_its_followers_steps(

@@ -144,7 +144,7 @@ def wanted_view(memory: DeviceMemory, loaded: Loaded, transition: Transition | N
 
 def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, importer: Importer) -> tuple[SeatMemory, Offer]:
     """The message for `view`, whose revision is still to be set, and what it needs. The rank, which is the process
-    `importer`, is admitted to the mailboxes that are new. Raises DeviceError; Unavailable at the limit of open files.
+    `importer`, is admitted to the mailboxes that are new. Raises as calling what `shares` gives does.
     """
     fds, name = _Fds(), memory.device.id_of
     slots = slots_of(view.layouts)
@@ -167,7 +167,8 @@ def seat_memory(view: View, memory: DeviceMemory, holdings: Holdings, importer: 
 
 def shares(offer: Offer, known: Collection[int]) -> list[MakeMessage]:
     """What makes the messages that hand over what is offered and not `known`, each when it is called, in their order:
-    only then is a driver asked to share. Calling one raises DeviceError; Unavailable at the limit of open files."""
+    only then is a driver asked to share. Calling one raises DeviceError; DoesNotFit where the driver lacks
+    memory; Unavailable at the limit of open files."""
     fresh = [(name, handle) for name, handle in offer.handles.items() if name not in known]
     return [
         partial(_share_some, offer.device, fresh[at : at + HANDLES_MAX]) for at in range(0, len(fresh), HANDLES_MAX)

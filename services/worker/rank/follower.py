@@ -94,7 +94,7 @@ class Follower(SeatLoop):
     def turn(self, now: float) -> int:
         """See SeatLoop."""
         self._windows.turn(now, self._lockstep.epoch)
-        self._shares_to_leader.turn(now)
+        self._shares_to_leader.turn(now, self._lockstep.generation)
         if self._has_arrived:
             if now >= self._look_at:
                 self._look(self._server.poll(0), now)

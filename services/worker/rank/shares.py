@@ -58,18 +58,21 @@ class SharesToLeader:
     """Tells a follower's shares to its leader, which tells them to routers with its own. Owned by the rank's thread.
     `end` leads to the leader, and is closed by `close`. What it cannot take now is told in the next TELL_S.
 
-    Nothing blocks, and nothing is sent where no steps are taken.
+    Nothing blocks, and nothing is sent where no steps are taken, but once in a generation: it may have another leader.
     """
 
     def __init__(self, shares: Shares, tp: int, end: PushEnd) -> None:
         self._shares = shares
         self._tp = tp
         self._end = end
-        self._told = shares.told(tp)
+        self._told: StepShares | None = shares.told(tp)
+        self._generation = 0
         self._tell_at = 0.0
 
-    def turn(self, now: float) -> None:
-        """Tell them if they have changed, and it is time."""
+    def turn(self, now: float, generation: int) -> None:
+        """Tell them if they have changed, or the generation has, and it is time."""
+        if generation != self._generation:
+            self._generation, self._told = generation, None
         if now < self._tell_at:
             return
         shares = self._shares.told(self._tp)
